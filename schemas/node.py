@@ -1,0 +1,93 @@
+"""What a node says of itself."""
+
+from datetime import datetime
+
+import msgspec
+
+from .errors import OpenEnum
+
+API_VERSION = 1
+
+
+class NodeState(OpenEnum):
+    READY = "ready"
+    DRAINING = "draining"
+    DRAINED = "drained"
+    STOPPED = "stopped"
+
+
+class Feature(OpenEnum):
+    """Names used in `not_enforced` and in a spec's `sandbox.require`."""
+
+    NETWORK_NONE = "network.none"
+    NETWORK_LOCALHOST = "network.localhost"
+    NETWORK_OUTBOUND = "network.outbound"
+    NETWORK_UDP = "network.udp"
+    UNIX_SOCKETS = "unix_sockets"
+    ABSTRACT_SOCKETS = "abstract_sockets"
+    FILE_METADATA = "file_metadata"
+    IPC = "ipc"
+    SIGNALS = "signals"
+    MEMORY = "memory"
+    CPU = "cpu"
+    PIDS = "pids"
+    GPU = "gpu"
+    VOLUME_SIZE = "volume_size"
+    PROCESSES = "processes"
+
+
+class NotEnforced(msgspec.Struct, frozen=True, kw_only=True):
+    """A feature that this node cannot enforce under an isolation (null: under any), and why."""
+
+    feature: Feature
+    isolation: str | None
+    reason: str
+
+
+class Capabilities(msgspec.Struct, frozen=True, kw_only=True):
+    sandbox: str
+    network: list[str]
+    gpu: list[str]
+    isolation: list[str]
+    clone: str
+    limits: list[str]
+    not_enforced: list[NotEnforced]
+
+
+class ApiInfo(msgspec.Struct, frozen=True, kw_only=True):
+    version: int
+    features: list[str]
+
+
+class NodeInfo(msgspec.Struct, frozen=True, kw_only=True):
+    node: str
+    epoch: str
+    boot: str
+    version: str
+    api: ApiInfo
+    hostname: str
+    os: str
+    os_version: str
+    arch: str
+    cpus: int
+    memory_bytes: int
+    gpus: list[str]
+    labels: dict[str, str]
+    pools: list[str]
+    slots: int
+    slots_used: int
+    state: NodeState
+    insecure: bool
+    capabilities: Capabilities
+    started_at: datetime
+
+
+class Presence(msgspec.Struct, frozen=True, kw_only=True):
+    """The value under a node's name in the KV bucket, renewed every 5 s."""
+
+    node: str
+    boot: str
+    epoch: str
+    state: NodeState
+    slots: int
+    slots_used: int
