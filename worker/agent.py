@@ -1,0 +1,342 @@
+"""The composition root: builds the parts, wires them, owns their start and their end.
+
+Order of a start: data directory and journal, launcher and adoption (containers are looked after at once, also
+without a server), then the connection, the fence, and only then commands: whoever is not sure to be the only
+owner of the name begins nothing.
+"""
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from loguru import logger
+
+from schemas.node import NodeState
+from schemas.node import Presence as PresenceValue
+from schemas.spec import SpecFeature
+from schemas.subjects import Subjects
+from worker.bus.chunks import ChunkPublisher
+from worker.bus.connection import Bus
+from worker.bus.consumer import CommandConsumer
+from worker.bus.credentials import has_credentials, parse_servers
+from worker.bus.outbox import OutboxPublisher
+from worker.bus.presence import Presence
+from worker.bus.rpc import serve_queries
+from worker.bus.streams import setup_streams, wait_for_streams
+from worker.config import Config
+from worker.datadir import DataDir, machine_boot_id
+from worker.handlers import CommandHandler
+from worker.images.store import ImageStore
+from worker.journal import Journal
+from worker.late import LateSink
+from worker.logs import LogShipper
+from worker.node_commands import DRAINING_KEY, NodeCommands
+from worker.node_info import NodeDescription, package_version
+from worker.platform import driver as platform_driver
+from worker.policy import HostFacts
+from worker.queries import Queries
+from worker.repeating import Repeater
+from worker.runtime import Runtime
+from worker.secret_files import SecretFiles
+from worker.services import Services
+from worker.stats import Sampler
+from worker.supervisor import Launcher
+
+# What of a spec this worker honours; the rest is refused by name.
+FEATURES = frozenset(
+    {
+        SpecFeature.ULIMITS,
+        SpecFeature.SECRETS,
+        SpecFeature.VOLUMES_BIND,
+        SpecFeature.VOLUMES_NAMED,
+        SpecFeature.VOLUMES_ANONYMOUS,
+        SpecFeature.VOLUMES_TMPFS,
+        SpecFeature.DEVICES,
+        SpecFeature.LOGS_MAX_RATE,
+        SpecFeature.PLATFORM,
+        SpecFeature.GPU,
+    }
+)
+THREADS = 8
+LEDGER_KEPT = timedelta(days=8)
+HOUSEKEEPING_S = 3600.0
+PRUNE_AT_ONCE = 1000
+FLUSH_S = 2.0
+
+
+async def run_worker(
+    config: Config, *, setup: bool, takeover: bool, on_ready: Callable[[], None] | None = None
+) -> None:
+    """Run the node until SIGTERM, SIGINT or cancellation; containers go on. Raises Configuration."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    try:
+        async with Agent.build(config, takeover=takeover) as agent:
+            await agent.serve(stop, setup=setup, takeover=takeover, on_ready=on_ready)
+    except BaseExceptionGroup as group:
+        raise _first(group) from group
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The failure that ended the worker, without the wrapping of the tasks it happened in."""
+    failure: BaseException = group
+    while isinstance(failure, BaseExceptionGroup):
+        failure = failure.exceptions[0]
+    return failure
+
+
+class Agent:
+    """All parts of one worker."""
+
+    def __init__(
+        self,
+        config: Config,
+        services: Services,
+        runtime: Runtime,
+        sampler: Sampler,
+        sink: LateSink,
+        description: NodeDescription,
+    ) -> None:
+        self.config = config
+        self.services = services
+        self.runtime = runtime
+        self.sampler = sampler
+        self.sink = sink
+        self.description = description
+        self._lost = asyncio.Event()
+
+    @classmethod
+    @asynccontextmanager
+    async def build(cls, config: Config, *, takeover: bool) -> AsyncIterator["Agent"]:
+        """Everything that needs no server: after this, containers are adopted and looked after."""
+        async with AsyncExitStack() as stack:
+            data = DataDir.open(config.data_dir, node=config.node.name, takeover=takeover)
+            stack.callback(data.close)
+            journal = await Journal.open(
+                data.journal_path, node=data.node, expected_epoch=data.epoch, takeover=takeover
+            )
+            stack.push_async_callback(journal.close)
+            data.bind_epoch(journal.epoch)
+            driver = platform_driver()
+            images = ImageStore.open(data.images, driver)
+            stack.callback(images.close)
+            threads = ThreadPoolExecutor(THREADS, thread_name_prefix="runtime")
+            stack.callback(threads.shutdown)
+            subjects = Subjects()
+            launcher = await Launcher.attach(data)
+            sink = LateSink()
+            slots = config.node.slots or os.cpu_count() or 1
+            services = Services(
+                config=config,
+                node=data.node,
+                subjects=subjects,
+                journal=journal,
+                data=data,
+                driver=driver,
+                images=images,
+                logs=LogShipper(
+                    sink=sink,
+                    journal=journal,
+                    subjects=subjects,
+                    node=data.node,
+                    spool_dir=data.spool,
+                    ack_output=lambda cid, stream, offset: services.launcher.ack_output(cid, stream, offset),
+                ),
+                launcher=launcher,
+                host=_host_facts(config, data),
+                secrets=SecretFiles(Path(config.secrets.dir) if config.secrets.dir else data.secrets),
+                boot_id=machine_boot_id() or "",
+                features=FEATURES,
+                slots=slots,
+                threads=threads,
+            )
+            runtime = await stack.enter_async_context(Runtime(services).open())
+            description = NodeDescription(
+                config.node,
+                node=data.node,
+                epoch=lambda: journal.epoch,
+                boot=journal.boot,
+                insecure=not has_credentials(config.nats),
+                capabilities=driver.capabilities(),
+                features=FEATURES,
+                slots=slots,
+                slots_used=runtime.live_count,
+                started_at=datetime.now(UTC),
+            )
+            sampler = Sampler(
+                node=data.node,
+                interval_s=config.node.stats_interval_s,
+                targets=runtime.targets,
+                processes=driver.processes,
+                allocated_bytes=driver.allocated_bytes,
+                publish=sink.publish_stats_of(subjects),
+                on_memory_limit=runtime.on_memory_limit,
+            )
+            stack.callback(sampler.close)
+            services.measure = sampler.measure
+            agent = cls(config, services, runtime, sampler, sink, description)
+            services.attach_launcher = agent.attach_launcher
+            agent._wire(launcher)
+            stack.push_async_callback(agent._detach)
+            services.draining = bool(await journal.read(lambda tx: tx.get_meta(DRAINING_KEY)))
+            adopted = await runtime.adopt()
+            resumed = services.logs.resume_spool()
+            logger.info("node {}: {} containers adopted, {} logs to finish", data.node, adopted, resumed)
+            yield agent
+
+    # -- the launcher
+
+    def _wire(self, launcher: Launcher) -> None:
+        launcher.on_exit = self.runtime.on_exit
+        launcher.on_output = self.services.logs.notify
+        launcher.on_lost = self._lost.set
+        self.services.launcher = launcher
+
+    async def attach_launcher(self) -> None:
+        """A new launcher in the place of one that died."""
+        self._wire(await Launcher.attach(self.services.data))
+
+    async def _detach(self) -> None:
+        await self.services.launcher.close()
+
+    async def _watch_launcher(self) -> None:
+        while True:
+            await self._lost.wait()
+            self._lost.clear()
+            await self.runtime.launcher_lost()
+
+    # -- serving
+
+    async def serve(
+        self,
+        stop: asyncio.Event,
+        *,
+        setup: bool,
+        takeover: bool,
+        on_ready: Callable[[], None] | None,
+    ) -> None:
+        """Connect and obey until `stop`."""
+        async with asyncio.TaskGroup() as tasks:
+            jobs = [
+                tasks.create_task(self._watch_launcher(), name="launcher"),
+                tasks.create_task(self.services.logs.run(), name="logs"),
+                tasks.create_task(self.sampler.run(), name="stats"),
+                tasks.create_task(self._housekeeping(), name="housekeeping"),
+                tasks.create_task(self._obey(setup, takeover, on_ready, stop), name="bus"),
+            ]
+            await stop.wait()
+            logger.info("stopping; containers go on")
+            for job in reversed(jobs):
+                job.cancel()
+
+    async def _obey(
+        self, setup: bool, takeover: bool, on_ready: Callable[[], None] | None, stop: asyncio.Event
+    ) -> None:
+        services = self.services
+        bus = await Bus.connect(
+            self.config.nats, node=services.node, name=f"sandfleet {services.node}", retry=True
+        )
+        try:
+            if setup:
+                await setup_streams(bus, subjects=services.subjects, pools=self.config.node.pools)
+            await wait_for_streams(bus)
+            outbox = OutboxPublisher(bus, services.journal, services.subjects)
+            if await outbox.fence(takeover):
+                services.data.bind_epoch(services.journal.epoch)
+            await self._serve_bus(bus, outbox, on_ready, stop)
+        finally:
+            await bus.close()
+
+    async def _serve_bus(
+        self, bus: Bus, outbox: OutboxPublisher, on_ready: Callable[[], None] | None, stop: asyncio.Event
+    ) -> None:
+        services, runtime = self.services, self.runtime
+        presence = Presence(bus, services.node, self._presence)
+        consumer = CommandConsumer(
+            bus, node=services.node, subjects=services.subjects, check_fence=outbox.check_fence
+        )
+        node_commands = NodeCommands(
+            services, runtime, info=self.description.info, spawn=runtime.spawn, changed=presence.refresh
+        )
+        handler = CommandHandler(services, runtime, node_commands, runtime.spawn)
+        queries = Queries(services, runtime, info=self.description.info)
+        self.sink.open(ChunkPublisher(bus))
+        sending = asyncio.create_task(outbox.run(), name="outbox")
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(_until_cancelled(sending), name="outbox watch")
+                await self._tell(node_commands, runtime.node_state())
+                recovered = await handler.recover()
+                service = await serve_queries(
+                    bus,
+                    services.node,
+                    queries.handlers(),
+                    version=package_version(),
+                    description=f"node {services.node}",
+                )
+                tasks.create_task(presence.run(), name="presence")
+                tasks.create_task(consumer.run(handler.handle), name="commands")
+                tasks.create_task(Repeater(bus, outbox, runtime).run(), name="repeat")
+                await consumer.ready.wait()
+                logger.info("ready as {} ({} commands to finish)", services.node, recovered)
+                if on_ready is not None:
+                    on_ready()
+                try:
+                    await stop.wait()
+                finally:
+                    await service.stop()
+        finally:
+            if stop.is_set():
+                await presence.withdraw()
+                await self._tell(node_commands, NodeState.STOPPED)
+                await outbox.drained(FLUSH_S)
+            sending.cancel()
+            await asyncio.gather(sending, return_exceptions=True)
+
+    async def _tell(self, node_commands: NodeCommands, state: NodeState) -> None:
+        await self.services.journal.transact(lambda tx: node_commands.write_node(tx, state))
+
+    def _presence(self) -> PresenceValue:
+        services = self.services
+        return PresenceValue(
+            node=services.node,
+            boot=services.journal.boot,
+            epoch=services.journal.epoch,
+            state=self.runtime.node_state(),
+            slots=services.slots,
+            slots_used=self.runtime.live_count(),
+        )
+
+    async def _housekeeping(self) -> None:
+        """Forget commands that the stream cannot deliver again."""
+        while True:
+            before = datetime.now(UTC) - LEDGER_KEPT
+            forgotten = PRUNE_AT_ONCE
+            while forgotten == PRUNE_AT_ONCE:
+                forgotten = await self.services.journal.transact(
+                    lambda tx: tx.prune_commands(before, limit=PRUNE_AT_ONCE), lazy=True
+                )
+            await asyncio.sleep(HOUSEKEEPING_S)
+
+
+async def _until_cancelled(task: "asyncio.Task[None]") -> None:
+    """Pass on the failure of a task that must outlive its watcher."""
+    await asyncio.shield(task)
+
+
+def _host_facts(config: Config, data: DataDir) -> HostFacts:
+    """What no container may reach, whatever a spec asks for and an operator grants."""
+    ports = tuple(sorted({server.port for server in parse_servers(config.nats.url)}))
+    files = (config.nats.creds, config.nats.nkey, config.nats.token_file, config.source, config.secrets.dir)
+    protected = tuple(os.path.realpath(f) for f in files if f)
+    return HostFacts(data_root=str(data.root), protected=protected, nats_ports=ports)

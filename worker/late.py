@@ -1,0 +1,45 @@
+"""The way to the log and stats streams before there is a connection: whoever sends waits for it."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Protocol
+
+import msgspec
+
+from schemas.status import Stats
+from schemas.subjects import Subjects
+from worker.log_chunks import StoredChunk
+
+_encode = msgspec.json.Encoder().encode
+
+
+class Publisher(Protocol):
+    async def publish(self, subject: str, data: bytes, headers: dict[str, str]) -> object: ...
+    async def last(self, subject: str) -> StoredChunk | None: ...
+    async def publish_stats(self, subject: str, data: bytes) -> bool: ...
+
+
+class LateSink:
+    """Passes on to the real publisher once it is there. Samples of before then are dropped."""
+
+    def __init__(self) -> None:
+        self._there: asyncio.Future[Publisher] = asyncio.get_running_loop().create_future()
+
+    def open(self, publisher: Publisher) -> None:
+        self._there.set_result(publisher)
+
+    async def publish(self, subject: str, data: bytes, headers: dict[str, str]) -> object:
+        publisher = await asyncio.shield(self._there)
+        return await publisher.publish(subject, data, headers)
+
+    async def last(self, subject: str) -> StoredChunk | None:
+        publisher = await asyncio.shield(self._there)
+        return await publisher.last(subject)
+
+    def publish_stats_of(self, subjects: Subjects) -> Callable[[Stats], Awaitable[None]]:
+        async def publish(stats: Stats) -> None:
+            if self._there.done():
+                subject = subjects.stat(stats.node, stats.container)
+                await self._there.result().publish_stats(subject, _encode(stats))
+
+        return publish

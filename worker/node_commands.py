@@ -1,0 +1,228 @@
+"""Commands of the node itself: images, one after the other in stream order, and drain and resume."""
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Coroutine
+from functools import partial
+from typing import Any
+
+from loguru import logger
+
+from schemas.commands import (
+    Drain,
+    PruneImages,
+    PullImage,
+    RegisterImage,
+    RemoveImage,
+    Resume,
+    Stop,
+    TagImage,
+)
+from schemas.errors import ContractError, Unsupported
+from schemas.events import ImageAction, ImageChanged, NodeChanged
+from schemas.node import NodeInfo, NodeState
+from worker.errors import Conflict, DeadlineExceeded, Internal
+from worker.ids import new_ulid
+from worker.images.store import ImageInfo
+from worker.journal import EventHead, Tx
+from worker.lifecycle import LIVE
+from worker.runtime import Runtime
+from worker.services import Services
+from worker.work import Work, now_utc, write_completion
+
+DRAINING_KEY = "draining"
+
+Write = Callable[[Tx], None]
+
+
+class NodeCommands:
+    """Owner of the node's own queue and of its draining."""
+
+    def __init__(
+        self,
+        services: Services,
+        runtime: Runtime,
+        *,
+        info: Callable[[NodeState], NodeInfo],
+        spawn: Callable[[Coroutine[Any, Any, None], str], object],
+        changed: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._services = services
+        self._runtime = runtime
+        self._info = info
+        self._spawn = spawn
+        self._state_changed = changed
+        self._images: deque[Work] = deque()
+        self._images_busy = False
+        self._resumed = asyncio.Event()
+
+    def accepted(self, work: Work) -> None:
+        """The command stands in the journal; do it in its turn. A resume does not wait for a drain."""
+        if isinstance(work.command, Drain):
+            self._spawn(self._finish(work, self._drain(work, work.command)), "drain")
+        elif isinstance(work.command, Resume):
+            self._spawn(self._finish(work, self._resume(work)), "resume")
+        else:
+            self._images.append(work)
+            if not self._images_busy:
+                self._images_busy = True
+                self._spawn(self._image_lane(), "images")
+
+    async def _image_lane(self) -> None:
+        while self._images:
+            work = self._images.popleft()
+            await self._finish(work, self._image(work))
+        self._images_busy = False
+
+    async def _finish(self, work: Work, doing: Coroutine[Any, Any, None]) -> None:
+        error: ContractError
+        try:
+            if not work.recovered and work.is_late(now_utc()):
+                doing.close()
+                raise DeadlineExceeded(
+                    f"the deadline {work.deadline.isoformat()} passed before {work.verb} began"
+                )
+            await doing
+            return
+        except ContractError as failure:
+            error = failure
+        except Exception as failure:
+            logger.exception("{} failed", work.verb)
+            error = Internal(f"{work.verb} failed: {failure!r}")
+        await self._services.journal.transact(
+            lambda tx: write_completion(tx, self._services.subjects, work, error=error, status=None)
+        )
+
+    async def _complete(self, work: Work, result: dict[str, Any] | None, *also: Write) -> None:
+        def write(tx: Tx) -> None:
+            for part in also:
+                part(tx)
+            write_completion(tx, self._services.subjects, work, error=None, status=None, result=result)
+
+        await self._services.journal.transact(write)
+
+    # -- images
+
+    async def _image(self, work: Work) -> None:
+        images, command = self._services.images, work.command
+        if isinstance(command, PullImage):
+            known = await images.pull(command.image, command.policy, command.auth)
+            await self._complete(
+                work, {"digest": known.digest}, self._changed(work, known, ImageAction.PULLED)
+            )
+        elif isinstance(command, RegisterImage):
+            source = self._services.register_source(command.source_dir)
+            made = await images.register(command.image, source)
+            await self._complete(
+                work, {"digest": made.digest}, self._changed(work, made, ImageAction.REGISTERED)
+            )
+        elif isinstance(command, TagImage):
+            tagged = await images.tag(command.source, command.target)
+            await self._complete(
+                work, {"digest": tagged.digest}, self._changed(work, tagged, ImageAction.TAGGED)
+            )
+        elif isinstance(command, RemoveImage):
+            in_use = set(self._runtime.images_in_use())
+            gone = await images.remove(command.image, force=command.force, in_use=in_use)
+            await self._complete(
+                work, {"digest": gone.digest}, self._changed(work, gone, ImageAction.REMOVED)
+            )
+        elif isinstance(command, PruneImages):
+            pruned = await images.prune(set(self._runtime.images_in_use()))
+            await self._complete(
+                work,
+                {"removed": len(pruned), "bytes": sum(p.bytes for p in pruned)},
+                *(self._changed(work, p, ImageAction.PRUNED) for p in pruned),
+            )
+        else:
+            raise Unsupported(f"{work.verb} is not a verb of this node", field="type")
+
+    def _changed(self, work: Work, image: ImageInfo, action: ImageAction) -> Write:
+        def make(head: EventHead) -> ImageChanged:
+            return ImageChanged(
+                node=head.node,
+                epoch=head.epoch,
+                boot=head.boot,
+                seq=head.seq,
+                time=head.time,
+                command_id=work.id,
+                image=image.name,
+                digest=image.digest,
+                action=action,
+                bytes=image.bytes,
+            )
+
+        return lambda tx: _ignore(
+            tx.event(self._services.subjects.image_event(tx.node), make, headers=work.headers)
+        )
+
+    # -- drain and resume
+
+    def write_node(self, tx: Tx, state: NodeState, work: Work | None = None) -> None:
+        """Write a `node_changed`."""
+        info = self._info(state)
+
+        def make(head: EventHead) -> NodeChanged:
+            return NodeChanged(
+                node=head.node,
+                epoch=head.epoch,
+                boot=head.boot,
+                seq=head.seq,
+                time=head.time,
+                command_id=None if work is None else work.id,
+                state=state,
+                info=info,
+            )
+
+        tx.event(
+            self._services.subjects.node_event(tx.node), make, headers=None if work is None else work.headers
+        )
+
+    async def _drain(self, work: Work, command: Drain) -> None:
+        services = self._services
+        services.draining = True
+        self._resumed.clear()
+
+        def begin(tx: Tx) -> None:
+            tx.put_meta(DRAINING_KEY, True)
+            self.write_node(tx, NodeState.DRAINING, work)
+
+        await services.journal.transact(begin)
+        self._state_changed()
+        if command.stop_containers:
+            for actor in self._runtime.containers():
+                if actor.state in LIVE:
+                    self._runtime.submit_internal(actor, Stop(id=f"drain-{new_ulid()}"), "stop")
+        waiting = asyncio.create_task(self._runtime.drained())
+        resumed = asyncio.create_task(self._resumed.wait())
+        try:
+            await asyncio.wait(
+                {waiting, resumed}, timeout=command.timeout_s, return_when=asyncio.FIRST_COMPLETED
+            )
+        finally:
+            done = waiting.done()
+            for task in (waiting, resumed):
+                task.cancel()
+            await asyncio.gather(waiting, resumed, return_exceptions=True)
+        if self._resumed.is_set():
+            raise Conflict("overtaken by a later resume")
+        if not done:
+            left = self._runtime.live_count()
+            raise DeadlineExceeded(f"{left} containers still run; the node stays draining")
+        await self._complete(work, None, partial(self.write_node, state=NodeState.DRAINED, work=work))
+        self._state_changed()
+
+    async def _resume(self, work: Work) -> None:
+        self._services.draining = False
+        self._resumed.set()
+
+        def ready(tx: Tx) -> None:
+            tx.put_meta(DRAINING_KEY, False)
+            self.write_node(tx, NodeState.READY, work)
+
+        await self._complete(work, None, ready)
+        self._state_changed()
+
+
+def _ignore(_: object) -> None:
+    return None

@@ -1,0 +1,246 @@
+"""Answers to the queries of `P.rpc.<node>.<verb>`: each takes a request and gives a reply, and changes nothing."""
+
+import base64
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import msgspec
+
+from schemas import queries as q
+from schemas.errors import InvalidCommand, InvalidSpec, Unsupported
+from schemas.events import CommandCompleted
+from schemas.node import NodeInfo, NodeState
+from schemas.spec import CommandSpec
+from schemas.status import State, Stats
+from schemas.subjects import build_cid
+from worker.entrypoint import ResolvedCommand, resolve_command, runnable
+from worker.errors import Conflict, DeadlineExceeded, NotFound
+from worker.log_query import read_lines
+from worker.platform.base import Profile, SandboxPolicy
+from worker.records import ContainerRecord
+from worker.runtime import Runtime, target_of
+from worker.services import Services
+from worker.supervisor import ExecRequest, ExecResult
+
+LIST_PAGE = 250
+IMPLEMENTED = frozenset(
+    {"info", "list", "state", "command", "stats", "logs", "wait", "exec", "profile", "images"}
+)
+
+Query = Callable[[bytes, dict[str, str]], Awaitable[bytes]]
+
+_encode = msgspec.json.Encoder().encode
+_completed = msgspec.json.Decoder(CommandCompleted)
+
+
+class Queries:
+    """The handlers of the node's micro service."""
+
+    def __init__(
+        self, services: Services, runtime: Runtime, *, info: Callable[[NodeState], NodeInfo]
+    ) -> None:
+        self._services = services
+        self._runtime = runtime
+        self._info = info
+
+    def handlers(self) -> dict[str, Query]:
+        """One for every verb of the contract; what is not built yet answers `unsupported`."""
+        return {verb: self._handler(verb) for verb in q.QUERY_VERBS}
+
+    def _handler(self, verb: str) -> Query:
+        async def unsupported(body: bytes, headers: dict[str, str]) -> bytes:
+            raise Unsupported(f"the query {verb} is not supported by this node", field="verb")
+
+        if verb not in IMPLEMENTED:
+            return unsupported
+        answer: Callable[[Any], Awaitable[Any]] = getattr(self, verb)
+
+        async def query(body: bytes, headers: dict[str, str]) -> bytes:
+            return _encode(await answer(q.decode_request(verb, body)))
+
+        return query
+
+    async def info(self, request: q.InfoRequest) -> NodeInfo:
+        return self._info(self._runtime.node_state())
+
+    async def list(self, request: q.ListRequest) -> q.ListReply:
+        wanted = (request.labels or {}).items()
+        found = [
+            s
+            for s in self._runtime.statuses()
+            if (request.state is None or s.state == request.state)
+            and (request.cursor is None or s.container > request.cursor)
+            and all(s.labels.get(k) == v for k, v in wanted)
+        ]
+        page = found[:LIST_PAGE]
+        return q.ListReply(containers=page, cursor=page[-1].container if len(found) > len(page) else None)
+
+    async def state(self, request: q.StateRequest) -> Any:
+        actor = self._runtime.known(request.container)
+        if not request.spec or actor.record is None:
+            return actor.status
+        return {**msgspec.structs.asdict(actor.status), "spec": actor.record.spec}
+
+    async def command(self, request: q.CommandRequest) -> q.CommandReply:
+        entry = await self._services.journal.read(lambda tx: tx.command(request.id))
+        if entry is None:
+            raise NotFound(f"there is no command {request.id}", field="id")
+        return q.CommandReply(
+            id=entry.id,
+            command=entry.verb,
+            container=entry.container,
+            state=q.CommandState(entry.state.value),
+            result=None if entry.result is None else _completed.decode(entry.result),
+        )
+
+    async def stats(self, request: q.StatsRequest) -> Stats:
+        actor = self._runtime.known(request.container)
+        record = actor.record
+        if record is None or record.status.state not in (State.RUNNING, State.STOPPING):
+            raise Conflict(f"{request.container} is {actor.state}: nothing runs that could be measured")
+        target = target_of(record)
+        measure = self._services.measure
+        sample = None if target is None or measure is None else await measure(target)
+        if sample is None:
+            raise Conflict(f"{request.container} has just ended")
+        return sample
+
+    async def logs(self, request: q.LogsRequest) -> q.LogsReply:
+        actor = self._runtime.known(request.container)
+        state_dir = self._services.data.container(actor.cid).state
+        lines, cursor = await read_lines(
+            state_dir,
+            stream=request.stream.value,
+            tail=request.tail,
+            since=request.since,
+            cursor=request.cursor,
+        )
+        return q.LogsReply(lines=lines, cursor=cursor)
+
+    async def wait(self, request: q.WaitRequest) -> Any:
+        try:
+            return await self._runtime.wait(
+                request.container, request.until is q.WaitUntil.FINAL, request.timeout_s
+            )
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"{request.container} has not ended within {request.timeout_s:g} s", field="timeout_s"
+            ) from None
+
+    async def exec(self, request: q.ExecRequest) -> q.ExecReply:
+        if request.stream or request.tty or request.session is not None:
+            raise Unsupported("interactive exec is not supported by this node", field="stream")
+        actor = self._runtime.known(request.container)
+        record = actor.record
+        if record is None or record.status.state is not State.RUNNING:
+            raise Conflict(f"exec is not possible: {request.container} is {actor.state}")
+        start = self._runtime.operations.start_request(record)
+        environment = {**start.env, **(request.env or {})}
+        command = self._exec_command(record, request, environment.get("PATH", ""))
+        result = await self._services.launcher.exec(
+            actor.cid,
+            ExecRequest(
+                instance=record.status.instance,
+                run=record.status.run,
+                program=command.program,
+                argv=command.argv,
+                env=environment,
+                cwd=command.cwd,
+                plan=start.plan,
+                stdin=_stdin(request),
+                timeout_s=request.timeout_s,
+                max_bytes=q.MAX_OUTPUT_BYTES,
+            ),
+        )
+        if result.timed_out:
+            raise DeadlineExceeded(
+                f"the command had not ended within {request.timeout_s:g} s and was killed", field="timeout_s"
+            )
+        return _exec_reply(result)
+
+    def _exec_command(self, record: ContainerRecord, request: q.ExecRequest, path: str) -> ResolvedCommand:
+        """The program of an exec is found as the container's own is."""
+        services, spec = self._services, record.spec
+        status = record.status
+        policy = services.make_policy(spec, status.container, status.instance, status.port)
+        words = CommandSpec(entrypoint=request.argv, workdir=request.workdir or spec.command.workdir)
+        return resolve_command(
+            msgspec.structs.replace(spec, command=words),
+            services.image_config(status.image_digest),
+            services.data.container(status.container).rootfs,
+            path,
+            volumes=policy.volumes,
+            may_run=runnable(policy, services.driver.search_dirs()),
+        )
+
+    async def profile(self, request: q.ProfileRequest) -> Profile:
+        services = self._services
+        if request.container is not None:
+            actor = self._runtime.known(request.container)
+            record = actor.record
+            if record is None:
+                raise NotFound(f"there is no container {request.container}", field="container")
+            spec, cid = record.spec, request.container
+            instance, port = record.status.instance, record.status.port
+        else:
+            if request.spec is None or request.service is None:
+                raise InvalidCommand("give a container, or a service and a spec", field="container")
+            spec, cid = request.spec, build_cid(request.service, request.replica)
+            instance, port = "0" * 26, None
+        policy: SandboxPolicy = services.make_policy(spec, cid, instance, port)
+        return services.driver.describe(policy)
+
+    async def images(self, request: q.ImagesRequest) -> q.ImagesReply:
+        listed = self._services.images.list(self._runtime.images_in_use())
+        return q.ImagesReply(
+            images=[
+                q.ImageEntry(
+                    name=i.name,
+                    digest=i.digest,
+                    bytes=i.bytes,
+                    created_at=i.created_at,
+                    containers=i.containers,
+                )
+                for i in listed
+            ]
+        )
+
+
+def _stdin(request: q.ExecRequest) -> bytes:
+    if request.stdin is None:
+        return b""
+    if request.encoding != q.BASE64:
+        return request.stdin.encode()
+    try:
+        return base64.b64decode(request.stdin, validate=True)
+    except ValueError:
+        raise InvalidSpec("is not base64", field="stdin") from None
+
+
+def _exec_reply(result: ExecResult) -> q.ExecReply:
+    """Both texts as they are, or both as base64 when one is not UTF-8."""
+    try:
+        return q.ExecReply(
+            exit_code=result.exit_code,
+            stdout=_text(result.stdout, cut=result.truncated),
+            stderr=_text(result.stderr, cut=result.truncated),
+            truncated=result.truncated,
+        )
+    except UnicodeDecodeError:
+        return q.ExecReply(
+            exit_code=result.exit_code,
+            stdout=base64.b64encode(result.stdout).decode(),
+            stderr=base64.b64encode(result.stderr).decode(),
+            truncated=result.truncated,
+            encoding=q.BASE64,
+        )
+
+
+def _text(raw: bytes, *, cut: bool) -> str:
+    """UTF-8; a character that the size limit cut in two is left out."""
+    try:
+        return raw.decode()
+    except UnicodeDecodeError as failure:
+        if cut and len(raw) - failure.start < 4 and failure.reason == "unexpected end of data":
+            return raw[: failure.start].decode()
+        raise

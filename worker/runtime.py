@@ -1,0 +1,335 @@
+"""All containers of the node: their actors, adoption at start, the launcher's news, draining."""
+
+import asyncio
+import os
+import signal
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager, suppress
+from datetime import datetime
+from typing import Any
+
+import msgspec
+from loguru import logger
+
+from schemas.commands import ContainerCommand, Remove
+from schemas.node import NodeState
+from schemas.status import ContainerStatus, Reason, State
+from worker.container import ContainerActor
+from worker.errors import NotFound, Unavailable
+from worker.ids import new_ulid
+from worker.journal import Tx
+from worker.lifecycle import LIVE
+from worker.operations import ContainerOperations
+from worker.records import ContainerRecord, decode_record
+from worker.services import Services
+from worker.stats import Target
+from worker.supervisor import ExitRecord, LaunchedContainer
+from worker.work import Work, now_utc
+
+DEATH_TIMEOUT_S = 3.0
+DEATH_POLL_S = 0.02
+
+
+class Runtime:
+    """Owner of the actors and of every task that works on a container."""
+
+    def __init__(self, services: Services) -> None:
+        self.services = services
+        self.operations = ContainerOperations(services)
+        self._actors: dict[str, ContainerActor] = {}
+        self._tasks: asyncio.TaskGroup | None = None
+        self._running: set[asyncio.Task[None]] = set()
+        services.remove_later = self._remove_later
+        services.container_count = lambda: len(self.containers())
+
+    @asynccontextmanager
+    async def open(self) -> AsyncIterator["Runtime"]:
+        """Own the tasks of all actors; leaving it cancels what still works (the ledger knows of it)."""
+        async with asyncio.TaskGroup() as tasks:
+            self._tasks = tasks
+            try:
+                yield self
+            finally:
+                self._tasks = None
+                for task in self._running:
+                    task.cancel()
+
+    def spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
+        if self._tasks is None:
+            work.close()
+            return
+        task = self._tasks.create_task(work, name=name)
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+
+    # -- actors
+
+    def actor(self, cid: str) -> ContainerActor:
+        """The actor of a name, made when it is first spoken of."""
+        found = self._actors.get(cid)
+        if found is None:
+            found = self._actors[cid] = ContainerActor(
+                cid, self.services, operations=self.operations, spawn=self.spawn, on_idle=self.settle
+            )
+        return found
+
+    def known(self, cid: str) -> ContainerActor:
+        """The actor of an existing container. Raises NotFound."""
+        found = self._actors.get(cid)
+        if found is None or found.record is None:
+            raise NotFound(f"there is no container {cid}", field="container")
+        return found
+
+    def settle(self, actor: ContainerActor) -> None:
+        """Forget an actor whose container is gone and that has nothing to do."""
+        if actor.record is None and actor.idle and self._actors.get(actor.cid) is actor:
+            del self._actors[actor.cid]
+
+    def containers(self) -> list[ContainerActor]:
+        """Actors of existing containers, by name."""
+        return sorted((a for a in self._actors.values() if a.record is not None), key=lambda a: a.cid)
+
+    def statuses(self) -> list[ContainerStatus]:
+        return [a.status for a in self.containers()]
+
+    def live_count(self) -> int:
+        return sum(1 for a in self._actors.values() if a.state in LIVE)
+
+    def targets(self) -> list[Target]:
+        """Everything that runs, for the sampler."""
+        found = (target_of(a.record) for a in self._actors.values() if a.record is not None)
+        return [target for target in found if target is not None]
+
+    def images_in_use(self) -> Counter[str]:
+        return Counter(
+            a.record.status.image_digest
+            for a in self._actors.values()
+            if a.record is not None and a.record.status.image_digest is not None
+        )
+
+    def submit_internal(self, actor: ContainerActor, command: ContainerCommand, verb: str) -> None:
+        """A command of our own, which no ledger knows, in the container's own queue."""
+        work = Work(command=command, verb=verb, container=actor.cid, seq=0, time=now_utc(), internal=True)
+        actor.accepted(work, None)
+
+    def _remove_later(self, actor: ContainerActor) -> None:
+        """`delete_on_exit`: a remove of our own, in the container's own queue."""
+        record = actor.record
+        if record is None:
+            return
+        command = Remove(id=f"auto-{new_ulid()}", if_instance=record.status.instance)
+        self.submit_internal(actor, command, "remove")
+
+    # -- the launcher's news
+
+    def on_exit(self, ended: ExitRecord) -> None:
+        actor = self._actors.get(ended.cid)
+        if actor is None:
+            self.spawn(self._forget(ended.cid, ended.instance), f"forget {ended.cid}")
+        else:
+            self.spawn(self.operations.apply_exit(actor, ended), f"exit {ended.cid}")
+
+    def on_memory_limit(self, cid: str, used_bytes: int) -> None:
+        actor = self._actors.get(cid)
+        if actor is not None:
+            self.spawn(self.operations.over_memory(actor, used_bytes), f"memory {cid}")
+
+    async def _forget(self, cid: str, instance: str) -> None:
+        try:
+            await self.services.launcher.forget(cid, instance)
+        except (NotFound, Unavailable) as failure:
+            logger.debug("{} was forgotten already: {}", cid, failure.message)
+
+    # -- adoption
+
+    async def adopt(self) -> int:
+        """Bring the journal and the launcher together. Gives the number of containers found running."""
+        records = await self.services.journal.read(_records)
+        launched = {c.cid: c for c in await self.services.launcher.containers()}
+        for record in records:
+            status = record.status
+            actor = self._actors[status.container] = ContainerActor(
+                status.container,
+                self.services,
+                operations=self.operations,
+                spawn=self.spawn,
+                on_idle=self.settle,
+                record=record,
+            )
+            found = launched.pop(status.container, None)
+            if found is not None and found.instance != status.instance:
+                await self._kill_stranger(found)
+                found = None
+            await self._reconcile(actor, record, found)
+        for stranger in launched.values():
+            await self._kill_stranger(stranger)
+        await self.services.in_thread(self.services.sweep_strangers, {r.status.container for r in records})
+        return self.live_count()
+
+    async def _reconcile(
+        self, actor: ContainerActor, record: ContainerRecord, found: LaunchedContainer | None
+    ) -> None:
+        services, status = self.services, record.status
+        state_dir = services.data.container(actor.cid).state
+        if status.run > 0:
+            services.logs.attach(actor.cid, status.instance, state_dir, status.run)
+        if status.state not in LIVE:
+            if found is not None and found.exit is not None:
+                await self._forget(actor.cid, status.instance)
+            elif found is not None and found.pid is not None:
+                await self._kill_stranger(found)
+            await self._guard_port(status)
+            if status.state is State.EXITED and record.spec.lifecycle.delete_on_exit:
+                self._remove_later(actor)
+            return
+        ended = found.exit if found is not None else services.read_exit(state_dir, status)
+        if found is not None and found.run == status.run and found.exit is None:
+            if status.state is State.INITIALIZING:
+                await self.operations.adopt_running(actor, found)
+            if actor.state is State.STOPPING:
+                self.spawn(self.operations.finish_stop(actor), f"stop {actor.cid}")
+            return
+        if ended is not None and ended.run == status.run and ended.instance == status.instance:
+            if status.state is State.INITIALIZING:
+                await self.operations.adopt_running(actor, None)
+            await self.operations.apply_exit(actor, ended)
+        elif record.boot_id is not None and record.boot_id != services.boot_id:
+            await self._lose(actor, Reason.NODE_REBOOTED, "the machine was restarted while it ran")
+        elif status.state is State.INITIALIZING and found is None and record.shim_pid is None:
+            await self._lose(
+                actor, Reason.SUPERVISOR_LOST, "the worker died before the launcher was told to start it"
+            )
+        else:
+            await self._lose(actor, Reason.SUPERVISOR_LOST, "the launcher that ran it is gone")
+        await self._guard_port(status)
+
+    async def _guard_port(self, status: ContainerStatus) -> None:
+        if status.port is None:
+            return
+        try:
+            await self.services.launcher.reserve_port(status.container, port=status.port)
+        except Unavailable as failure:
+            logger.warning("port {} of {} is not guarded: {}", status.port, status.container, failure.message)
+
+    async def _kill_stranger(self, stranger: LaunchedContainer) -> None:
+        """A process tree the journal knows nothing of, left by a worker whose journal is gone."""
+        logger.warning("ending {} ({}), which this journal does not know", stranger.cid, stranger.instance)
+        try:
+            if stranger.exit is None:
+                await self.services.launcher.kill_tree(stranger.cid, stranger.instance, stranger.run)
+        except (NotFound, Unavailable) as failure:
+            logger.warning("{} could not be ended: {}", stranger.cid, failure.message)
+        await self._forget(stranger.cid, stranger.instance)
+
+    async def _lose(self, actor: ContainerActor, reason: Reason, message: str) -> None:
+        """Report a run whose outcome is unknown, after no process of it is left."""
+        record = actor.record
+        if record is None or record.status.state not in LIVE:
+            return
+        if record.boot_id == self.services.boot_id:
+            await self._await_death(record)
+        self.services.incomplete_logs(actor.cid, record.status.instance, record.status.run)
+        await self.operations.lose(actor, reason, message)
+        if record.spec.lifecycle.delete_on_exit:
+            self._remove_later(actor)
+
+    async def _await_death(self, record: ContainerRecord) -> None:
+        """The shim kills its tree when the launcher is gone; wait until it has, and help if it does not."""
+        if record.shim_pid is None or record.shim_start is None:
+            return
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + DEATH_TIMEOUT_S
+        while self.services.driver.processes().alive(record.shim_pid, record.shim_start):
+            if loop.time() > deadline:
+                logger.error("the tree of {} outlives its launcher; killing it", record.status.container)
+                for pid in self.services.driver.processes().members(record.shim_pid):
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                deadline = loop.time() + DEATH_TIMEOUT_S
+            await asyncio.sleep(DEATH_POLL_S)
+
+    async def launcher_lost(self) -> None:
+        """The launcher died and its containers with it: report each, then go on with a new launcher."""
+        logger.error("the launcher died; its containers are lost")
+        if self.services.attach_launcher is not None:
+            await self.services.attach_launcher()
+        for actor in self.containers():
+            record = actor.record
+            if record is None:
+                continue
+            state_dir = self.services.data.container(actor.cid).state
+            if record.status.state in LIVE:
+                ended = self.services.read_exit(state_dir, record.status)
+                if ended is not None and record.status.state is not State.INITIALIZING:
+                    await self.operations.apply_exit(actor, ended)
+                else:
+                    await self._lose(actor, Reason.SUPERVISOR_LOST, "the launcher died while it ran")
+            if actor.record is not None:
+                await self._guard_port(actor.record.status)
+
+    # -- waiting, draining, repeating
+
+    async def wait(self, cid: str, until_final: bool, timeout_s: float) -> ContainerStatus:
+        """The status once the container has ended (a removed one's last). Raises TimeoutError, NotFound."""
+        actor = self.known(cid)
+        last = actor.status
+        instance = last.instance
+
+        def ended() -> bool:
+            nonlocal last
+            record = actor.record
+            if record is None or record.status.instance != instance:
+                last = _removed(last)
+                return True
+            last = record.status
+            return last.state not in LIVE and last.state is not State.PENDING
+
+        async with asyncio.timeout(timeout_s):
+            await actor.wait_for(ended)
+        return last
+
+    async def drained(self) -> None:
+        """Wait until no container runs."""
+        while live := [a for a in self._actors.values() if a.state in LIVE or not a.idle]:
+            actor = live[0]
+            await actor.wait_for(lambda a=actor: a.state not in LIVE and a.idle)  # type: ignore[misc]
+
+    async def repeat(self, due: Callable[[ContainerRecord, datetime | None], bool]) -> int:
+        """Publish the status of every container again for which `due` says so."""
+        count = 0
+        for actor in self.containers():
+            if actor.record is not None and due(actor.record, actor.told_at):
+                await actor.update(lambda r: r, repeat=True)
+                count += 1
+        return count
+
+    def node_state(self) -> NodeState:
+        if not self.services.draining:
+            return NodeState.READY
+        return NodeState.DRAINING if self.live_count() else NodeState.DRAINED
+
+
+def target_of(record: ContainerRecord) -> Target | None:
+    """What to measure for a container that runs; None for one that does not."""
+    status = record.status
+    if status.state not in (State.RUNNING, State.STOPPING):
+        return None
+    if record.shim_pid is None or record.shim_start is None:
+        return None
+    return Target(
+        container=status.container,
+        instance=status.instance,
+        run=status.run,
+        shim_pid=record.shim_pid,
+        shim_start=record.shim_start,
+        memory_limit=status.memory_limit,
+    )
+
+
+def _removed(status: ContainerStatus) -> ContainerStatus:
+    return msgspec.structs.replace(status, state=State.REMOVED, pid=None)
+
+
+def _records(tx: Tx) -> list[ContainerRecord]:
+    return [decode_record(raw) for _, raw in tx.containers()]

@@ -1,0 +1,190 @@
+"""What the parts of the runtime share: built by the agent and handed down."""
+
+import asyncio
+import os
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+import msgspec
+
+from schemas.spec import ServiceSpec
+from schemas.status import ContainerStatus, Stats
+from schemas.subjects import Subjects
+from worker.config import Config
+from worker.datadir import ContainerDirs, DataDir
+from worker.errors import CreateFailed, PolicyDenied, PullFailed, ResourceExhausted
+from worker.ids import new_ulid
+from worker.images.model import ImageConfig
+from worker.images.store import ImageStore
+from worker.images.trees import remove_tree
+from worker.journal import Journal
+from worker.logs import LogShipper, write_incomplete_eof
+from worker.platform.base import Driver, SandboxPolicy
+from worker.policy import HostFacts, check_image, make_policy
+from worker.policy_paths import Forbidden, Missing, NotGranted, granted_path
+from worker.records import ContainerRecord
+from worker.secret_files import SecretFiles
+from worker.stats import Target
+from worker.supervisor import ExitRecord, Launcher, read_exit_record
+from worker.volumes import mount_volumes
+
+if TYPE_CHECKING:
+    from worker.container import ContainerActor
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+LEFTOVER_PREFIX = ".gone-"
+_encode = msgspec.json.Encoder().encode
+
+
+@dataclass(slots=True, eq=False)
+class Services:
+    """The parts a container's work needs. `launcher` is replaced when its process died."""
+
+    config: Config
+    node: str
+    subjects: Subjects
+    journal: Journal
+    data: DataDir
+    driver: Driver
+    images: ImageStore
+    logs: LogShipper
+    launcher: Launcher
+    host: HostFacts
+    secrets: SecretFiles
+    boot_id: str
+    features: frozenset[str]
+    slots: int
+    threads: ThreadPoolExecutor
+    draining: bool = False
+    remove_later: Callable[["ContainerActor"], None] = field(default=lambda actor: None)
+    measure: Callable[[Target], Awaitable[Stats | None]] | None = None
+    attach_launcher: Callable[[], Awaitable[None]] | None = None
+    container_count: Callable[[], int] = field(default=lambda: 0)
+    _plans: dict[str, tuple[SandboxPolicy, dict[str, Any]]] = field(default_factory=dict)
+    _image_configs: dict[str, ImageConfig] = field(default_factory=dict)
+
+    async def in_thread(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run a blocking call in the runtime's own threads."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self.threads, partial(call, *args, **kwargs))
+
+    # -- policy
+
+    def make_policy(self, spec: ServiceSpec, cid: str, instance: str, port: int | None) -> SandboxPolicy:
+        """The container's sandbox under the node's policy of now: a grant that was taken back counts."""
+        return make_policy(
+            spec,
+            config=self.config,
+            dirs=self.data.container(cid),
+            cid=cid,
+            instance=instance,
+            port=port,
+            host=self.host,
+            driver=self.driver,
+        )
+
+    def plan(self, policy: SandboxPolicy) -> dict[str, Any]:
+        """The launcher's plan for a policy, kept per instance while the policy is the same."""
+        known = self._plans.get(policy.instance)
+        if known is not None and known[0] == policy:
+            return known[1]
+        plan = self.driver.plan(policy)
+        self._plans[policy.instance] = (policy, plan)
+        return plan
+
+    def check_image(self, name: str) -> None:
+        check_image(name, self.config)
+
+    def check_slots(self) -> None:
+        """Raises ResourceExhausted when the node may hold no more containers."""
+        most = self.config.policy.max_containers
+        if most is not None and self.container_count() > most:
+            raise ResourceExhausted(
+                f"this node holds {most} containers already; "
+                + self.config.how_to_allow("max_containers", str(most + 1))
+            )
+
+    def register_source(self, source_dir: str) -> Path:
+        """The folder that `register_image` may read. PolicyDenied outside of the node's `register_roots`."""
+        try:
+            roots = self.config.policy.register_roots
+            protected = (self.host.data_root, *self.host.protected)
+            return Path(granted_path(source_dir, roots, protected, self.host.canonical))
+        except NotGranted as failure:
+            raise PolicyDenied(
+                f"{failure}; {self.config.how_to_allow('register_roots', source_dir)}", field="source_dir"
+            ) from None
+        except Forbidden as failure:
+            raise PolicyDenied(str(failure), field="source_dir") from None
+        except Missing as failure:
+            raise PullFailed(str(failure), field="source_dir") from None
+
+    def image_config(self, digest: str | None) -> ImageConfig:
+        if digest is None:
+            return ImageConfig()
+        known = self._image_configs.get(digest)
+        if known is None:
+            known = self._image_configs[digest] = self.images.config(digest)
+        return known
+
+    # -- files of a container (blocking: call in a thread)
+
+    def write_container_files(
+        self, dirs: ContainerDirs, record: ContainerRecord, policy: SandboxPolicy
+    ) -> None:
+        """What stands in `state/` for a person to read, and the volumes' places in the rootfs."""
+        try:
+            mount_volumes(policy.volumes, dirs.rootfs)
+            _write(dirs.state / "config.json", _encode(record.spec))
+            profile = self.driver.describe(policy)
+            name = "sandbox.sb" if profile.language == "sbpl" else "sandbox.json"
+            text = profile.text.encode() if profile.language == "sbpl" else _encode(profile)
+            _write(dirs.state / name, text)
+        except OSError as failure:
+            raise CreateFailed(f"{failure.filename or dirs.root}: {failure.strerror}") from failure
+
+    def sweep_container(self, cid: str) -> None:
+        """Delete a container's directory, or a stale one of that name. The name is free at once."""
+        root = self.data.container(cid).root
+        gone = self.data.containers / f"{LEFTOVER_PREFIX}{new_ulid()}"
+        try:
+            os.rename(root, gone)
+        except FileNotFoundError:
+            return
+        remove_tree(gone)
+
+    def sweep_strangers(self, known: set[str]) -> None:
+        """Delete directories of containers that the journal does not know: a dead worker's half-done work."""
+        for entry in os.scandir(self.data.containers):
+            if entry.name not in known:
+                remove_tree(Path(entry.path))
+
+    def read_exit(self, state_dir: Path, status: ContainerStatus) -> ExitRecord | None:
+        """The exit record that a launcher left on disk, if it is of this run."""
+        found = read_exit_record(state_dir)
+        if found is None or found.instance != status.instance or found.run != status.run:
+            return None
+        return found
+
+    def incomplete_logs(self, cid: str, instance: str, run: int) -> None:
+        """Mark both streams as cut off: what stood in the pipes is gone with the launcher."""
+        state = self.data.container(cid).state
+        if state.is_dir():
+            write_incomplete_eof(state, run)
+            self.logs.ended(instance)
+
+    def dropped(self, instance: str) -> None:
+        """An instance is gone: forget what was kept for it."""
+        self._plans.pop(instance, None)
+
+
+def _write(path: Path, content: bytes) -> None:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    with os.fdopen(fd, "wb") as file:
+        file.write(content)

@@ -1,0 +1,87 @@
+"""Where volumes appear without a mount namespace: a link in the rootfs, at the target, to a folder of the host.
+
+Called while nothing of the container runs, on a rootfs that an image filled: every link in it is somebody
+else's, so each step is resolved inside the root.
+"""
+
+import errno
+import os
+from collections.abc import Iterable
+from pathlib import Path, PurePosixPath
+
+from worker.errors import CreateFailed, Unsupported
+from worker.images.trees import remove_tree
+from worker.platform.base import VolumeMount
+from worker.rootpath import resolve_in_root
+
+OWN_KINDS = ("named", "anonymous", "tmpfs")
+
+
+def mount_volumes(volumes: Iterable[VolumeMount], rootfs: Path) -> None:
+    """Make the sources that are ours and put a link at each target. What the image has there is covered: gone.
+
+    Raises Unsupported for a target below another volume's, CreateFailed for one that cannot be made.
+    """
+    placed: list[str] = []
+    for volume in sorted(volumes, key=lambda v: len(v.target)):
+        above = next((p for p in placed if volume.target.startswith(p.rstrip("/") + "/")), None)
+        if above is not None:
+            raise Unsupported(
+                f"the volume at {volume.target} lies inside the one at {above}, which needs isolation rootfs",
+                field="spec.storage",
+            )
+        placed.append(volume.target)
+        if volume.kind in OWN_KINDS:
+            _make_source(volume)
+        try:
+            _link(volume, rootfs)
+        except OSError as failure:
+            raise CreateFailed(
+                f"the volume target {volume.target} cannot be made: {failure.strerror}", field="spec.storage"
+            ) from failure
+
+
+def empty_tmpfs(volumes: Iterable[VolumeMount]) -> None:
+    """A `tmpfs` begins each run empty."""
+    for volume in volumes:
+        if volume.kind == "tmpfs":
+            remove_tree(Path(volume.source))
+            _make_source(volume)
+
+
+def _make_source(volume: VolumeMount) -> None:
+    source = Path(volume.source)
+    try:
+        source.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if volume.mode is not None:
+            source.chmod(volume.mode)
+    except OSError as failure:
+        raise CreateFailed(f"{source}: {failure.strerror}", field="spec.storage") from failure
+
+
+def _link(volume: VolumeMount, rootfs: Path) -> None:
+    target = PurePosixPath(volume.target)
+    if len(target.parts) < 2:
+        raise OSError(errno.EBUSY, "the root itself cannot be covered")
+    folder = _make_folders(rootfs, target.parent)
+    place = folder / target.name
+    remove_tree(place)
+    os.symlink(volume.source, place)
+
+
+def _make_folders(rootfs: Path, path: PurePosixPath) -> Path:
+    """The folder of that path inside the root, made where it is missing."""
+    at = PurePosixPath("/")
+    found = rootfs
+    for name in path.parts[1:]:
+        at = at / name
+        try:
+            found = resolve_in_root(rootfs, f"{at}/")
+        except FileNotFoundError:
+            # A dangling link is covered too: mkdir does not follow it, so it goes first.
+            made = resolve_in_root(rootfs, f"{at.parent}/") / name
+            if made.is_symlink():
+                made.unlink()
+            made.mkdir(mode=0o755)
+            found = made
+    return found
