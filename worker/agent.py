@@ -32,7 +32,7 @@ from worker.config import Config
 from worker.datadir import DataDir, machine_boot_id
 from worker.handlers import CommandHandler
 from worker.images.store import ImageStore
-from worker.journal import Journal
+from worker.journal import Journal, Tx
 from worker.late import LateSink
 from worker.logs import LogShipper
 from worker.node_commands import DRAINING_KEY, NodeCommands
@@ -320,13 +320,14 @@ class Agent:
     async def _housekeeping(self) -> None:
         """Forget commands that the stream cannot deliver again."""
         while True:
-            before = datetime.now(UTC) - LEDGER_KEPT
             forgotten = PRUNE_AT_ONCE
             while forgotten == PRUNE_AT_ONCE:
-                forgotten = await self.services.journal.transact(
-                    lambda tx: tx.prune_commands(before, limit=PRUNE_AT_ONCE), lazy=True
-                )
+                forgotten = await self.services.journal.transact(_prune, lazy=True)
             await asyncio.sleep(HOUSEKEEPING_S)
+
+
+def _prune(tx: Tx) -> int:
+    return tx.prune_commands(datetime.now(UTC) - LEDGER_KEPT, limit=PRUNE_AT_ONCE)
 
 
 async def _until_cancelled(task: "asyncio.Task[None]") -> None:

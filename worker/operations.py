@@ -539,6 +539,7 @@ class ContainerOperations:
                 and r.status.state in (State.RUNNING, State.STOPPING)
             ),
         )
+        self._services.logs.ended(ended.instance)
         await self._forget(ended.cid, ended.instance)
         if moved and record.spec.lifecycle.delete_on_exit:
             self._services.remove_later(actor)

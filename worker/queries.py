@@ -140,13 +140,10 @@ class Queries:
         result = await self._services.launcher.exec(
             actor.cid,
             ExecRequest(
-                instance=record.status.instance,
-                run=record.status.run,
                 program=command.program,
                 argv=command.argv,
                 env=environment,
                 cwd=command.cwd,
-                plan=start.plan,
                 stdin=_stdin(request),
                 timeout_s=request.timeout_s,
                 max_bytes=q.MAX_OUTPUT_BYTES,

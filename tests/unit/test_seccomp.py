@@ -1,0 +1,218 @@
+"""The filter's program, run by an interpreter of classic BPF as the kernel would, on both architectures."""
+
+import errno
+import struct
+
+import pytest
+
+from worker.platform.linux import seccomp
+from worker.platform.linux.seccomp import AUDIT_ARCH, Check, Options, Rule
+from worker.platform.linux.syscall_table import FIRST_UNKNOWN, NUMBERS
+
+ALLOW = 0
+ARCHES = ("x86_64", "aarch64")
+
+NONE = Options()
+TCP = Options(inet="tcp")
+UDP = Options(inet="udp", fastopen=True)
+ANY = Options(inet="any", fastopen=True)
+UNIX = Options(unix=True)
+
+AF_UNIX, AF_INET, AF_INET6, AF_NETLINK, AF_PACKET, AF_ALG, AF_VSOCK = 1, 2, 10, 16, 17, 38, 40
+STREAM, DGRAM, RAW, SEQPACKET = 1, 2, 3, 5
+CLOEXEC, NONBLOCK = 0o2000000, 0o4000
+FASTOPEN = 0x20000000
+HIGH = 1 << 32
+
+
+def run(program: bytes, arch: int, number: int, *arguments: int) -> int:
+    """The verdict: 0 to allow, else an errno. Fails on anything that the kernel's checker would refuse."""
+    code = [struct.unpack_from("=HBBI", program, at) for at in range(0, len(program), 8)]
+    assert 0 < len(code) <= 4096
+    data = struct.pack("<iIQ6Q", number, arch, 0, *(a & (2**64 - 1) for a in (*arguments, *[0] * 6)[:6]))
+    at = accumulator = 0
+    while True:
+        operation, yes, no, k = code[at]
+        at += 1
+        if operation == 0x20:
+            assert k % 4 == 0
+            (accumulator,) = struct.unpack_from("<I", data, k)
+        elif operation == 0x54:
+            accumulator &= k
+        elif operation == 0x05:
+            at += k
+        elif operation == 0x15:
+            at += yes if accumulator == k else no
+        elif operation == 0x35:
+            at += yes if accumulator >= k else no
+        elif operation == 0x06:
+            if k == 0x7FFF0000:
+                return ALLOW
+            assert k & 0xFFFF0000 == 0x00050000, hex(k)
+            return k & 0xFFFF
+        else:
+            raise AssertionError(f"operation {operation:#x}")
+
+
+def verdict(options: Options, arch: str, call: str, *arguments: int) -> int | None:
+    """None where the architecture has no such call."""
+    number = NUMBERS[call][ARCHES.index(arch)]
+    if number is None:
+        return None
+    return run(seccomp.assemble(options, arch), AUDIT_ARCH[arch], number, *arguments)
+
+
+CASES: list[tuple[Options, str, tuple[int, ...], int]] = [
+    (NONE, "ptrace", (0,), errno.EPERM),
+    (NONE, "bpf", (), errno.EPERM),
+    (NONE, "keyctl", (1,), errno.EPERM),
+    (NONE, "mount", (), errno.EPERM),
+    (NONE, "io_uring_setup", (), errno.ENOSYS),
+    (NONE, "clone3", (), errno.ENOSYS),
+    (NONE, "openat2", (), errno.ENOSYS),
+    (NONE, "clone", (0x11,), ALLOW),  # SIGCHLD: fork
+    (NONE, "clone", (0x3D0F00,), ALLOW),  # a thread
+    (NONE, "clone", (0x10000000 | 0x11,), errno.EPERM),  # CLONE_NEWUSER
+    (NONE, "clone", (HIGH | 0x10000000,), errno.EPERM),
+    (NONE, "clone", (0x00020000,), errno.EPERM),  # CLONE_NEWNS
+    (NONE, "unshare", (0x400,), ALLOW),  # CLONE_FILES
+    (NONE, "unshare", (0x40000000,), errno.EPERM),  # CLONE_NEWNET
+    (NONE, "unshare", (0x80,), errno.EPERM),  # CLONE_NEWTIME
+    (NONE, "prlimit64", (0, 7), ALLOW),
+    (NONE, "prlimit64", (4711, 7), errno.EPERM),
+    (NONE, "setpriority", (0, 0, 5), ALLOW),
+    (NONE, "setpriority", (2, 0, 5), errno.EPERM),
+    (NONE, "personality", (0xFFFFFFFF,), ALLOW),
+    (NONE, "personality", (0,), ALLOW),
+    (NONE, "personality", (0x20008,), ALLOW),
+    (NONE, "personality", (0x0040000,), errno.EPERM),  # ADDR_NO_RANDOMIZE
+    (NONE, "ioctl", (0, 0x5401), ALLOW),  # TCGETS
+    (NONE, "ioctl", (0, 0x5412), errno.EPERM),
+    (NONE, "ioctl", (0, HIGH | 0x5412), errno.EPERM),
+    (NONE, "ioctl", (0, 0x541C), errno.EPERM),
+    (NONE, "chmod", (0, 0o755), ALLOW),
+    (NONE, "chmod", (0, 0o4755), errno.EPERM),
+    (NONE, "fchmod", (0, 0o2755), errno.EPERM),
+    (NONE, "fchmodat", (0, 0, 0o644), ALLOW),
+    (NONE, "fchmodat", (0, 0, 0o4644), errno.EPERM),
+    (NONE, "fchmodat2", (0, 0, 0o6644), errno.EPERM),
+    (NONE, "mknodat", (0, 0, 0o104755), errno.EPERM),
+    (NONE, "open", (0, 0, 0o4755), ALLOW),  # without O_CREAT the mode is whatever the register held
+    (NONE, "open", (0, 0o101, 0o4755), errno.EPERM),
+    (NONE, "open", (0, 0o101, 0o755), ALLOW),
+    (NONE, "openat", (0, 0, 0o102, 0o2755), errno.EPERM),
+    (NONE, "openat", (0, 0, 0o20200002, 0o4700), errno.EPERM),  # O_TMPFILE
+    (NONE, "openat", (0, 0, 0o2000000, 0xFFFF), ALLOW),
+    (NONE, "shmget", (), errno.EPERM),
+    (NONE._replace(ipc=True), "shmget", (), ALLOW),
+    (NONE, "truncate", (), ALLOW),
+    (NONE._replace(truncate=False), "truncate", (), errno.EPERM),
+    # sockets
+    (NONE, "socket", (AF_INET, STREAM, 0), errno.EACCES),
+    (NONE, "socket", (AF_UNIX, STREAM, 0), errno.EACCES),
+    (NONE, "socket", (AF_NETLINK, RAW, 0), errno.EACCES),
+    (NONE, "socketpair", (AF_UNIX, STREAM | CLOEXEC | NONBLOCK, 0), ALLOW),
+    (NONE, "socketpair", (AF_UNIX, SEQPACKET, 0), ALLOW),
+    (NONE, "socketpair", (AF_UNIX, DGRAM, 0), errno.EACCES),
+    (NONE, "socketpair", (AF_UNIX, RAW, 0), errno.EACCES),
+    (NONE, "socketpair", (30, STREAM, 0), errno.EACCES),  # AF_TIPC
+    (UNIX, "socket", (AF_UNIX, DGRAM, 0), ALLOW),
+    (UNIX, "socketpair", (AF_UNIX, DGRAM, 0), ALLOW),
+    (UNIX, "socket", (AF_INET, STREAM, 0), errno.EACCES),
+    (TCP, "socket", (AF_INET, STREAM | CLOEXEC, 0), ALLOW),
+    (TCP, "socket", (AF_INET6, STREAM, 6), ALLOW),
+    (TCP, "socket", (HIGH | AF_INET, STREAM, 6), ALLOW),
+    (TCP, "socket", (HIGH | AF_UNIX, STREAM, 0), errno.EACCES),
+    (TCP, "socket", (AF_INET, DGRAM, 0), errno.EACCES),
+    (TCP, "socket", (AF_INET, STREAM, 132), errno.EACCES),  # SCTP
+    (TCP, "socket", (AF_INET, STREAM, 262), errno.EACCES),  # MPTCP
+    (TCP, "socket", (AF_INET, STREAM, 256), errno.EACCES),  # SMC
+    (TCP, "socket", (AF_INET, RAW, 6), errno.EACCES),
+    (TCP, "socket", (AF_NETLINK, RAW, 0), ALLOW),
+    (TCP, "socket", (AF_NETLINK, RAW, 4), errno.EACCES),  # SOCK_DIAG
+    (TCP, "socket", (43, STREAM, 0), errno.EACCES),  # AF_SMC
+    (UDP, "socket", (AF_INET, DGRAM | NONBLOCK, 17), ALLOW),
+    (UDP, "socket", (AF_INET6, DGRAM, 0), ALLOW),
+    (UDP, "socket", (AF_INET, DGRAM, 1), errno.EACCES),  # ICMP
+    (UDP, "socket", (AF_INET, 6, 33), errno.EACCES),  # DCCP
+    (ANY, "socket", (AF_INET, RAW, 1), ALLOW),
+    (ANY, "socket", (AF_PACKET, RAW, 0), errno.EACCES),
+    (ANY, "socket", (AF_ALG, SEQPACKET, 0), errno.EACCES),
+    (ANY, "socket", (AF_VSOCK, STREAM, 0), errno.EACCES),
+    (TCP, "sendto", (3, 0, 0, 0x4000), ALLOW),
+    (TCP, "sendto", (3, 0, 0, FASTOPEN), errno.EOPNOTSUPP),
+    (TCP, "sendmsg", (3, 0, FASTOPEN | 0x4000), errno.EOPNOTSUPP),
+    (TCP, "sendmmsg", (3, 0, 1, FASTOPEN), errno.EOPNOTSUPP),
+    (UDP, "sendto", (3, 0, 0, FASTOPEN), ALLOW),
+]
+
+
+@pytest.mark.parametrize(("options", "call", "arguments", "expected"), CASES)
+def test_verdict(options: Options, call: str, arguments: tuple[int, ...], expected: int) -> None:
+    verdicts = {verdict(options, arch, call, *arguments) for arch in ARCHES}
+    assert verdicts - {None} == {expected}
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+def test_calls_that_no_rule_names_are_allowed(arch: str) -> None:
+    named = {numbers[ARCHES.index(arch)] for numbers in NUMBERS.values()}
+    program = seccomp.assemble(NONE, arch)
+    for number in range(FIRST_UNKNOWN):
+        if number not in named:
+            assert run(program, AUDIT_ARCH[arch], number) == ALLOW, number
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+@pytest.mark.parametrize("options", [NONE, TCP, UDP, ANY, UNIX])
+def test_the_program_says_what_the_rules_say(options: Options, arch: str) -> None:
+    """A plain reading of the rules, one after the other, against the search tree."""
+    program = seccomp.assemble(options, arch)
+    samples = [
+        (0,) * 6,
+        (1,) * 6,
+        (2,) * 6,
+        (2**32 - 1,) * 6,
+        (16, 3, 0, FASTOPEN, 0, 0),
+        (1, 0o101, 0o4755, 0, 0, 0),
+    ]
+    for call, numbers in NUMBERS.items():
+        number = numbers[ARCHES.index(arch)]
+        if number is not None:
+            for arguments in samples:
+                expected = plain(seccomp.rules(options), call, arguments)
+                assert run(program, AUDIT_ARCH[arch], number, *arguments) == expected, (call, arguments)
+
+
+def plain(rules: tuple[Rule, ...], call: str, arguments: tuple[int, ...]) -> int:
+    def holds(check: Check) -> bool:
+        return ((arguments[check.argument] & check.mask & 0xFFFFFFFF) == check.value) is check.equal
+
+    for rule in rules:
+        if call in rule.calls.split() and all(holds(check) for check in rule.when):
+            return rule.verdict
+    return ALLOW
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+def test_other_entries_and_newer_calls_do_not_exist(arch: str) -> None:
+    program = seccomp.assemble(ANY, arch)
+    other = AUDIT_ARCH[ARCHES[1 - ARCHES.index(arch)]]
+    assert run(program, other, 1) == errno.ENOSYS
+    assert run(program, 0x40000003, 1) == errno.ENOSYS  # i386
+    assert run(program, AUDIT_ARCH[arch], 0x40000000 | 1) == errno.ENOSYS  # x32
+    assert run(program, AUDIT_ARCH[arch], FIRST_UNKNOWN) == errno.ENOSYS
+    assert run(program, AUDIT_ARCH[arch], -1) == errno.ENOSYS
+
+
+def test_every_rule_names_known_calls_and_gives_a_reason() -> None:
+    for options in (NONE, TCP, UDP, ANY, UNIX):
+        for rule in seccomp.rules(options):
+            assert set(rule.calls.split()) <= NUMBERS.keys()
+            assert rule.reason
+    used = {
+        call
+        for options in (NONE, NONE._replace(truncate=False))
+        for r in seccomp.rules(options)
+        for call in r.calls.split()
+    }
+    assert used == NUMBERS.keys()

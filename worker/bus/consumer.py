@@ -1,0 +1,414 @@
+"""The node's durable consumer of its commands: one at a time in stream order, several under way, bounded.
+
+Order is what a scheduler relies on, and a message that was sent to a broken connection comes again only
+after the acknowledgement wait, behind newer ones. So the consumer is deleted and made anew (deliver all)
+whenever something may have been lost on the way: at boot, after a reconnect or a leader's change with
+unacknowledged messages, after `nak`. What is still in the hands of `handle` then is recognised and not
+handed out twice.
+
+Whoever finds its consumer deleted or replaced by another asks `check_fence` first: a second worker may have
+taken the name.
+"""
+
+import asyncio
+import random
+from collections import deque
+from collections.abc import Awaitable, Callable
+from datetime import datetime
+from typing import Any
+
+import msgspec
+from loguru import logger
+
+from schemas.subjects import Subjects
+from worker.bus.connection import Bus
+from worker.bus.failures import JetStreamError, NoResponders
+from worker.bus.jetstream import StreamNames
+from worker.bus.messages import Headers, Message, parse_ack
+from worker.bus.subscription import Subscription
+from worker.errors import Unavailable
+
+NANOS = 1_000_000_000
+MAX_IN_FLIGHT = 256
+ACK_WAIT_S = 60.0
+MAX_ACK_PENDING = 10_000
+PULL_EXPIRES_S = 60.0
+HEARTBEAT_S = 10.0
+SILENCE_S = 2.5 * HEARTBEAT_S
+MAX_PULL_BYTES = 8 * 1024 * 1024
+FENCE_PAUSE_S = 0.5
+RETRY_S = 0.1
+LONGEST_RETRY_S = 5.0
+REPORT_EVERY_S = 30.0
+
+_HEARTBEAT = 100
+_ACK, _TERM, _PROGRESS = b"+ACK", b"+TERM", b"+WPI"
+
+Handle = Callable[["Delivery"], Awaitable[None]]
+
+
+class Delivery:
+    """One message. Whoever got it ends it with exactly one of `ack`, `term` or `nak`; further calls do
+    nothing.
+
+    None of them fails: an acknowledgement that is lost brings the message again, which the ledger knows.
+    """
+
+    __slots__ = (
+        "_consumer",
+        "_reply",
+        "data",
+        "done",
+        "headers",
+        "since",
+        "stream_seq",
+        "subject",
+        "time",
+        "times",
+    )
+
+    def __init__(
+        self,
+        consumer: "CommandConsumer",
+        message: Message,
+        *,
+        stream_seq: int,
+        time: datetime,
+        deliveries: int,
+        since: float,
+    ) -> None:
+        self.subject = message.subject
+        self.headers: Headers = message.headers
+        self.data = message.data
+        self.stream_seq = stream_seq
+        self.time = time
+        self.times = deliveries
+        self.since = since
+        self.done = False
+        self._reply = message.reply
+        self._consumer = consumer
+
+    @property
+    def redelivered(self) -> bool:
+        return self.times > 1
+
+    async def ack(self, *, wait: bool = False) -> None:
+        """It is in the journal: the stream may forget it. `wait` for the server's confirmation."""
+        await self._finish(_ACK, wait=wait)
+
+    async def term(self) -> None:
+        """It can never be understood: it is not to come again."""
+        await self._finish(_TERM)
+
+    async def nak(self, delay_s: float = 0.0) -> None:
+        """It cannot be taken now: it and all after it come again, in order, after `delay_s`."""
+        if not self.done:
+            self.done = True
+            self._consumer._replay_after(delay_s)
+            self._consumer._finished(self)
+
+    async def in_progress(self) -> None:
+        """It is being worked on. (The consumer says so by itself for what it has handed out.)"""
+        if not self.done:
+            await self._consumer._answer(self._reply, _PROGRESS)
+
+    async def _finish(self, answer: bytes, *, wait: bool = False) -> None:
+        if self.done:
+            return
+        self.done = True
+        await self._consumer._answer(self._reply, answer, wait=wait)
+        self._consumer._finished(self)
+
+
+class CommandConsumer:
+    """`await run(handle)` until cancelled. `handle` is awaited for one delivery after the other.
+
+    `check_fence` raises Fenced when another worker has the name; that ends `run`.
+    """
+
+    def __init__(
+        self,
+        bus: Bus,
+        *,
+        node: str,
+        subjects: Subjects,
+        check_fence: Callable[[], Awaitable[None]],
+        max_in_flight: int = MAX_IN_FLIGHT,
+        ack_wait_s: float = ACK_WAIT_S,
+    ) -> None:
+        self.stream = StreamNames(bus.cfg.stream_prefix).commands
+        self.name = node
+        self.ready = asyncio.Event()  # the consumer is there and asks for messages
+        self.rebuilds = 0
+        self._bus = bus
+        self._pattern = subjects.commands_of(node)
+        self._check_fence = check_fence
+        self._max = max(2, max_in_flight)
+        self._ack_wait_s = ack_wait_s
+        self._held: dict[int, Delivery] = {}  # handed out or queued, by stream sequence
+        self._queue: deque[Delivery] = deque()
+        self._wake = asyncio.Event()
+        self._subscription: Subscription | None = None
+        self._inbox = ""
+        self._created = ""
+        self._session = -1
+        self._asked = 0  # messages that open pull requests may still bring
+        self._heard = 0.0
+        self._trouble = ""  # why the consumer must be looked at
+        self._rebuild = False  # and that it must be made anew, whatever it looks like
+        self._gone = False  # somebody deleted it
+        self._replay_at: float | None = None
+
+    async def run(self, handle: Handle) -> None:
+        unlisten = self._bus.listen(self._on_connection)
+        progress = asyncio.create_task(self._tell_progress(), name="command progress")
+        try:
+            await self._make()
+            while True:
+                if self._trouble or self._session != self._bus.session:
+                    self.ready.clear()
+                    await self._mend()
+                    continue
+                if self._queue:
+                    delivery = self._queue.popleft()
+                    await handle(delivery)
+                    continue
+                await self._wait()
+        finally:
+            unlisten()
+            self.ready.clear()
+            progress.cancel()
+            await asyncio.gather(progress, return_exceptions=True)
+            await self._unsubscribe()
+
+    # -- arrivals
+
+    def _on_connection(self, connected: bool) -> None:
+        self._wake.set()
+
+    def _on_message(self, message: Message) -> None:
+        now = self._heard = self._now()
+        ack = parse_ack(message.reply)
+        if ack is None:
+            self._on_status(message)
+            return
+        self._asked -= 1
+        if self._replay_at is not None:
+            return  # it comes again, behind what was given back
+        held = self._held.get(ack.stream_seq)
+        if held is not None:
+            held._reply = message.reply  # the newest delivery is the one to answer
+            return
+        delivery = Delivery(
+            self, message, stream_seq=ack.stream_seq, time=ack.time, deliveries=ack.deliveries, since=now
+        )
+        self._held[ack.stream_seq] = delivery
+        self._queue.append(delivery)
+        self._wake.set()
+
+    def _on_status(self, message: Message) -> None:
+        if message.status == _HEARTBEAT:
+            return
+        what = message.description.lower()
+        if message.status == 408 or what == "batch completed":
+            left = message.headers.get("Nats-Pending-Messages", "")
+            self._asked -= int(left) if left.isdigit() else self._asked
+        elif what == "exceeded maxwaiting":
+            self._asked = 0
+        else:
+            # Consumer deleted, leadership change, server shutdown, no such consumer …
+            self._trouble = message.description or f"status {message.status}"
+            self._gone = self._gone or "deleted" in what
+        self._wake.set()
+
+    async def _wait(self) -> None:
+        """Until there is something to do; asks for more messages whenever half of what may be asked is
+        free.
+        """
+        try:
+            await self._pull()
+        except Unavailable as failure:
+            self._trouble = failure.message
+            return
+        self._wake.clear()
+        if self._queue or self._trouble or self._session != self._bus.session:
+            return
+        try:
+            async with asyncio.timeout_at(self._next_look()):
+                await self._wake.wait()
+        except TimeoutError:
+            if self._replay_at is not None and self._now() >= self._replay_at:
+                self._trouble, self._rebuild = "messages were given back", True
+            elif self._bus.connected:
+                self._trouble = "no heartbeat"
+
+    def _next_look(self) -> float | None:
+        """When to wake up by ourselves. Heartbeats come only while a request is open."""
+        if self._replay_at is not None:
+            return self._replay_at
+        return self._heard + SILENCE_S if self._asked > 0 else None
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+    async def _pull(self) -> None:
+        half = self._max // 2
+        while self._max - len(self._held) - max(0, self._asked) >= half and self._replay_at is None:
+            # Two requests that expire at different times, so that one is always open.
+            expires_s = PULL_EXPIRES_S if self._asked > 0 else PULL_EXPIRES_S / 2
+            if self._asked <= 0:
+                self._heard = self._now()
+            request = {
+                "batch": half,
+                "max_bytes": max(MAX_PULL_BYTES, 2 * self._bus.max_payload),
+                "expires": int(expires_s * NANOS),
+                "idle_heartbeat": int(HEARTBEAT_S * NANOS),
+            }
+            subject = f"{self._bus.js.prefix}.CONSUMER.MSG.NEXT.{self.stream}.{self.name}"
+            await self._bus.publish(subject, msgspec.json.encode(request), reply=self._inbox)
+            self._asked = max(0, self._asked) + half
+
+    # -- answers
+
+    async def _answer(self, reply: str, answer: bytes, *, wait: bool = False) -> None:
+        try:
+            if wait:
+                await self._bus.request(reply, answer)
+            else:
+                await self._bus.publish(reply, answer)
+        except Unavailable as failure:
+            # It comes again, and the ledger knows it.
+            logger.debug("an acknowledgement was not sent: {}", failure.message)
+
+    def _finished(self, delivery: Delivery) -> None:
+        if self._held.get(delivery.stream_seq) is delivery:
+            del self._held[delivery.stream_seq]
+        if not self._queue and self._max - len(self._held) - max(0, self._asked) >= self._max // 2:
+            self._wake.set()
+
+    def _replay_after(self, delay_s: float) -> None:
+        at = self._now() + delay_s
+        self._replay_at = at if self._replay_at is None else max(self._replay_at, at)
+        for queued in self._queue:
+            self._held.pop(queued.stream_seq, None)
+        self._queue.clear()
+        self._wake.set()
+
+    async def _tell_progress(self) -> None:
+        """Keep what is held from being redelivered while it waits or is worked on."""
+        while True:
+            await asyncio.sleep(self._ack_wait_s / 3)
+            oldest = self._now() - self._ack_wait_s / 4
+            for delivery in list(self._held.values()):
+                if delivery.since < oldest:
+                    await delivery.in_progress()
+
+    # -- making, checking and replacing the consumer
+
+    async def _mend(self) -> None:
+        """After trouble: go on when nothing can have been lost, else make the consumer anew."""
+        await self._bus.wait_connected()
+        session = self._bus.session
+        trouble, rebuild, gone = self._trouble or "reconnected", self._rebuild, self._gone
+        self._trouble = ""
+        if not rebuild and not gone:
+            try:
+                info = await self._bus.js.api(f"CONSUMER.INFO.{self.stream}.{self.name}")
+            except JetStreamError as error:
+                gone = error.status == 404
+                if not gone:
+                    await self._retry_later(error)
+                    return
+            except Unavailable as failure:
+                await self._retry_later(failure)
+                return
+            else:
+                gone = info.get("created") != self._created
+                if not gone and not info.get("num_ack_pending") and not self._held:
+                    self._go_on(session)
+                    return
+        if gone:
+            # Whoever took the name has had the time to say so in the stream.
+            await asyncio.sleep(FENCE_PAUSE_S * random.uniform(0.5, 1.5))
+            try:
+                await self._check_fence()
+            except Unavailable as failure:
+                await self._retry_later(failure)
+                return
+        logger.info("making the command consumer {} anew: {}", self.name, trouble)
+        await self._make()
+
+    async def _retry_later(self, failure: Unavailable) -> None:
+        self._trouble = failure.message
+        await asyncio.sleep(RETRY_S * random.uniform(1, 5))
+
+    async def _make(self) -> None:
+        """Delete and create, until it works."""
+        loop = asyncio.get_running_loop()
+        pause, told = RETRY_S, loop.time() - REPORT_EVERY_S
+        while True:
+            try:
+                await self._bus.wait_connected()
+                session = self._bus.session
+                await self._delete()
+                await self._create()
+                self._go_on(session)
+                return
+            except Unavailable as failure:
+                if loop.time() - told >= REPORT_EVERY_S:
+                    told = loop.time()
+                    logger.warning("waiting for the command stream {}: {}", self.stream, _reason(failure))
+            await asyncio.sleep(pause * random.uniform(0.5, 1.0))
+            pause = min(pause * 2, LONGEST_RETRY_S)
+
+    async def _delete(self) -> None:
+        try:
+            await self._bus.js.api(f"CONSUMER.DELETE.{self.stream}.{self.name}")
+        except JetStreamError as error:
+            if error.err_code != JetStreamError.CONSUMER_NOT_FOUND:
+                raise
+
+    async def _create(self) -> None:
+        # A new inbox, so that nothing from the old consumer can be taken for the new one's.
+        await self._unsubscribe()
+        for delivery in self._queue:
+            self._held.pop(delivery.stream_seq, None)
+        self._queue.clear()
+        self._inbox = self._bus.new_inbox()
+        self._subscription = await self._bus.subscribe(self._inbox, self._on_message)
+        call = f"CONSUMER.CREATE.{self.stream}.{self.name}.{self._pattern}"
+        request = {"stream_name": self.stream, "config": self._config(), "action": "create"}
+        answer = await self._bus.js.api(call, request)
+        self._created = str(answer.get("created", ""))
+        self.rebuilds += 1
+
+    def _config(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "durable_name": self.name,
+            "filter_subject": self._pattern,
+            "deliver_policy": "all",
+            "ack_policy": "explicit",
+            "ack_wait": int(self._ack_wait_s * NANOS),
+            "max_ack_pending": MAX_ACK_PENDING,
+            "max_deliver": -1,
+            "replay_policy": "instant",
+        }
+
+    def _go_on(self, session: int) -> None:
+        self._session = session
+        self._trouble, self._rebuild, self._gone, self._replay_at = "", False, False, None
+        self._asked = 0
+        self._heard = self._now()
+        self.ready.set()
+
+    async def _unsubscribe(self) -> None:
+        subscription, self._subscription = self._subscription, None
+        if subscription is not None:
+            await subscription.stop()
+
+
+def _reason(failure: Unavailable) -> str:
+    if isinstance(failure, NoResponders):
+        return "JetStream does not answer"
+    return failure.message

@@ -1,0 +1,452 @@
+"""The outbox on its way into the event stream: exactly once, in order, without a gap (decisions 3 and 3a).
+
+Each batch says which message of this node it expects to be the newest, so a batch that was stored although
+its answer was lost, or a second worker under the same name, is refused and looked into (`recovery`). Events
+carry no message id.
+
+A batch is atomic and costs the server a fixed effort (4 to 6 ms for file storage on one server, next to
+nothing with replicas), a single publish a round trip. So a few events go one by one and a backlog in
+batches, whichever is faster by what was measured so far; a batch of one is a plain publish with the same
+expectation.
+"""
+
+import asyncio
+import random
+import secrets
+from collections import deque
+from datetime import timedelta
+
+import msgspec
+from loguru import logger
+
+from schemas.subjects import Subjects
+from worker.bus.connection import Bus
+from worker.bus.failures import JetStreamError, NoAnswer, NoResponders, NotConnected
+from worker.bus.jetstream import PubAck, StreamNames, read_ack
+from worker.bus.recovery import Decision, GoOn, IsFenced, Shown, Stream, decide, needs_deleted
+from worker.clock import Clock, utc_now
+from worker.errors import Configuration, ContractError, Fenced, ResourceExhausted, Unavailable
+from worker.journal import Journal, OutboxRow, StreamPosition, Tx
+
+BATCH_EVENTS = 200
+BATCH_BYTES = 512 * 1024
+READ_EVENTS = 1000
+READ_BYTES = 4 * 1024 * 1024
+KEEP = timedelta(minutes=10)
+EXPIRE_EVERY_S = 60.0
+ACK_TIMEOUT_S = 10.0
+RETRY_S = 0.02
+LONGEST_RETRY_S = 5.0
+REPORT_EVERY_S = 30.0
+
+EXPECTED = "Nats-Expected-Last-Subject-Sequence"
+EXPECTED_SUBJECT = "Nats-Expected-Last-Subject-Sequence-Subject"
+BATCH_ID = "Nats-Batch-Id"
+BATCH_SEQUENCE = "Nats-Batch-Sequence"
+BATCH_COMMIT = "Nats-Batch-Commit"
+
+
+class _Head(msgspec.Struct, frozen=True):
+    epoch: str
+    boot: str
+    seq: int
+
+
+class _Facts(msgspec.Struct, frozen=True):
+    """What a decision is made from."""
+
+    epoch: str
+    position: StreamPosition | None
+    stream: Stream
+    shown: Shown | None
+
+    def decide(self) -> Decision:
+        return decide(epoch=self.epoch, position=self.position, stream=self.stream, shown=self.shown)
+
+
+_head = msgspec.json.Decoder(_Head)
+
+
+class Pace:
+    """Whether `waiting` events are better sent one by one or as a batch, by moving averages. Pure."""
+
+    def __init__(self, single_s: float = 0.0005, extra_s: float = 0.005) -> None:
+        self.single_s = single_s
+        self.extra_s = extra_s  # what a batch costs beyond a single publish
+
+    def batch_is_better(self, waiting: int) -> bool:
+        return waiting >= 32 or (waiting > 1 and (waiting - 1) * self.single_s > self.extra_s)
+
+    def single_took(self, seconds: float) -> None:
+        self.single_s += (min(seconds, 1.0) - self.single_s) * 0.2
+
+    def batch_took(self, seconds: float) -> None:
+        extra = min(max(seconds - self.single_s, 0.0), 0.05)
+        self.extra_s += (extra - self.extra_s) * 0.2
+
+
+class OutboxPublisher:
+    """`await fence(takeover)` at boot, before anything is published; then `run()` until cancelled.
+
+    It takes over `journal.on_outbox`. `idle` is set while nothing is left to send.
+    """
+
+    def __init__(self, bus: Bus, journal: Journal, subjects: Subjects, *, clock: Clock = utc_now) -> None:
+        self.stream = StreamNames(bus.cfg.stream_prefix).events
+        self.idle = asyncio.Event()
+        self.sent_seq = 0  # the newest event of this epoch known to be in the stream
+        self.pace = Pace()
+        self._bus = bus
+        self._journal = journal
+        self._pattern = subjects.events_of(journal.node)
+        self._clock = clock
+        self._expected = 0
+        self._created = ""
+        self._verified = -1  # the session of the connection in which the stream was looked at
+        self._atomic = True
+        self._work = asyncio.Event()
+        self._rows: deque[OutboxRow] = deque()
+        self._progress = asyncio.Condition()
+        self._position: StreamPosition | None = None  # newer than the journal's by what is being recorded
+        self._position_known = False
+        self._ack: StreamPosition | None = None  # to be recorded
+        self._ack_added = asyncio.Event()
+        self._told = float("-inf")
+        journal.on_outbox = self.wake
+
+    def wake(self) -> None:
+        """There are new events. From the event loop."""
+        self.idle.clear()
+        self._work.set()
+
+    # -- at boot and whenever asked
+
+    async def fence(self, takeover: bool = False) -> bool:
+        """Fenced when another worker has published under this name, unless `takeover`, which begins a new
+        epoch.
+
+        True when it did: the data directory must be told. Waits for a stream that does not answer yet.
+        """
+        while True:
+            facts = await self._facts_at_last()
+            decision = facts.decide()
+            if isinstance(decision, GoOn):
+                await self._apply(facts, decision)
+                return False
+            if not takeover or facts.shown is None:
+                raise Fenced(f"{decision.why}; stop the other one, or start this one with --takeover")
+            logger.warning("taking over the name {}: {}", self._journal.node, decision.why)
+            await self._take_over(facts, facts.shown)
+            return True
+
+    async def _take_over(self, facts: _Facts, shown: Shown) -> None:
+        base = await self._journal.transact(lambda tx: _begin_epoch(tx, self.stream, facts.stream, shown))
+        facts = msgspec.structs.replace(facts, epoch=self._journal.epoch, position=base)
+        await self._apply(facts, GoOn(sent=0, expected=shown.stream_seq))
+
+    async def check_fence(self) -> None:
+        """Fenced when another worker has published under this name meanwhile; Unavailable when unknown."""
+        facts = await self._facts()
+        decision = facts.decide()
+        if isinstance(decision, IsFenced):
+            raise Fenced(decision.why)
+
+    async def drained(self, timeout_s: float) -> bool:
+        """Wait until all events made before the call are in the stream. False when they are not in time."""
+        state = await self._journal.read(lambda tx: tx.outbox_state())
+        try:
+            async with asyncio.timeout(timeout_s), self._progress:
+                await self._progress.wait_for(lambda: self.sent_seq >= state.last_seq)
+        except TimeoutError:
+            return False
+        return True
+
+    # -- the work
+
+    async def run(self) -> None:
+        """Send until cancelled. Raises Fenced when another worker publishes under this name."""
+        unlisten = self._bus.listen(lambda connected: self._work.set())
+        recorder = asyncio.create_task(self._record_acks(), name="outbox acks")
+        try:
+            await self._run()
+        finally:
+            unlisten()
+            recorder.cancel()
+            await asyncio.gather(recorder, return_exceptions=True)
+            try:
+                await self._record_ack()
+            except ContractError as failure:
+                logger.debug("the last acknowledgement was not recorded: {}", failure.message)
+
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        expire_at = loop.time() + EXPIRE_EVERY_S
+        failures = 0
+        while True:
+            try:
+                await self._bus.wait_connected()
+                if self._verified != self._bus.session:
+                    await self._recover()
+                if loop.time() >= expire_at:
+                    expire_at = loop.time() + EXPIRE_EVERY_S
+                    await self._expire()
+                self._work.clear()
+                if not self._rows and not await self._read_rows():
+                    if not self._work.is_set():
+                        self.idle.set()
+                    await self._wait_for_work(expire_at)
+                    continue
+                await self._send()
+                failures = 0
+            except Unavailable as failure:
+                failures += 1
+                await self._after(failure, failures)
+            except ResourceExhausted as failure:
+                # The journal's disk is full, or the server takes smaller messages than before.
+                failures += 1
+                self._tell(failure)
+                await asyncio.sleep(LONGEST_RETRY_S)
+
+    async def _after(self, failure: Unavailable, failures: int) -> None:
+        """What a failed send or look calls for."""
+        if isinstance(failure, JetStreamError) and failure.err_code == JetStreamError.ATOMIC_DISABLED:
+            logger.warning("the stream {} has no atomic batches: events go one by one", self.stream)
+            self._atomic = False
+            return
+        unstored = isinstance(failure, JetStreamError) and failure.err_code in (
+            JetStreamError.ATOMIC_INCOMPLETE,
+            JetStreamError.ATOMIC_TOO_MANY,
+        )
+        if not unstored:
+            self._verified = -1  # look before the next one
+        refused = isinstance(failure, JetStreamError) and failure.refused_sequence
+        if refused and failures == 1:
+            return
+        if not isinstance(failure, NotConnected) and failures > 3:
+            self._tell(failure)
+        pause = min(RETRY_S * 2 ** min(failures, 10), LONGEST_RETRY_S)
+        await asyncio.sleep(pause * random.uniform(0.3, 1.0))
+
+    async def _wait_for_work(self, until: float) -> None:
+        try:
+            async with asyncio.timeout_at(until):
+                await self._work.wait()
+        except TimeoutError:
+            return
+
+    async def _read_rows(self) -> bool:
+        after = self.sent_seq
+        self._rows.extend(await self._journal.read(lambda tx: tx.outbox(after, READ_EVENTS, READ_BYTES)))
+        return bool(self._rows)
+
+    async def _send(self) -> None:
+        rows = self._next_rows()
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        ack = await (self._publish(rows[0]) if len(rows) == 1 else self._publish_batch(rows))
+        if len(rows) == 1:
+            self.pace.single_took(loop.time() - began)
+        else:
+            self.pace.batch_took(loop.time() - began)
+        for _ in rows:
+            self._rows.popleft()
+        head = _head.decode(rows[-1].payload)
+        self._position = self._ack = StreamPosition(
+            created=self._created,
+            last_seq=ack.seq,
+            last_event_seq=head.seq,
+            last_epoch=head.epoch,
+            last_boot=head.boot,
+        )
+        self._ack_added.set()
+        self._expected = ack.seq
+        await self._advance(head.seq)
+
+    def _next_rows(self) -> list[OutboxRow]:
+        if not self._atomic or not self.pace.batch_is_better(len(self._rows)):
+            return [self._rows[0]]
+        rows: list[OutboxRow] = []
+        size = 0
+        for row in self._rows:
+            size += len(row.payload)
+            if rows and (len(rows) == BATCH_EVENTS or size > BATCH_BYTES):
+                break
+            rows.append(row)
+        return rows
+
+    async def _publish(self, row: OutboxRow) -> PubAck:
+        headers = {**(row.headers or {}), **self._expectation()}
+        return await self._bus.js.publish(row.subject, row.payload, headers, timeout=ACK_TIMEOUT_S)
+
+    async def _publish_batch(self, rows: list[OutboxRow]) -> PubAck:
+        """Written at once; only the commit is answered."""
+        batch = secrets.token_hex(16)
+        token, reply = self._bus.expect()
+        try:
+            for number, row in enumerate(rows, 1):
+                headers = {**(row.headers or {}), BATCH_ID: batch, BATCH_SEQUENCE: str(number)}
+                if number == 1:
+                    headers |= self._expectation()
+                if number < len(rows):
+                    await self._bus.publish(row.subject, row.payload, headers)
+                    continue
+                headers[BATCH_COMMIT] = "1"
+                answer_to = self._bus.reply_subject(token)
+                await self._bus.publish(row.subject, row.payload, headers, reply=answer_to)
+            async with asyncio.timeout(ACK_TIMEOUT_S):
+                message = await reply
+        except TimeoutError:
+            raise NoAnswer("no acknowledgement for a batch of events") from None
+        finally:
+            self._bus.forget(token)
+        if message.status == 503:
+            raise NoResponders(f"no stream takes {self._pattern}")
+        return read_ack(message)
+
+    def _expectation(self) -> dict[str, str]:
+        return {EXPECTED: str(self._expected), EXPECTED_SUBJECT: self._pattern}
+
+    async def _advance(self, seq: int) -> None:
+        async with self._progress:
+            self.sent_seq = seq
+            self._progress.notify_all()
+
+    # -- what the stream shows
+
+    async def _recover(self) -> None:
+        """Look where the stream stands and go on from there. Fenced, Unavailable."""
+        facts = await self._facts()
+        decision = facts.decide()
+        if isinstance(decision, IsFenced):
+            raise Fenced(decision.why)
+        await self._apply(facts, decision)
+
+    async def _facts_at_last(self) -> _Facts:
+        failures = 0
+        while True:
+            try:
+                return await self._facts()
+            except Unavailable as failure:
+                failures += 1
+                if failures > 3:
+                    self._tell(failure)
+            pause = min(RETRY_S * 2 ** min(failures, 10), LONGEST_RETRY_S)
+            await asyncio.sleep(pause * random.uniform(0.3, 1.0))
+            await self._bus.wait_connected()
+
+    async def _facts(self) -> _Facts:
+        """Of one connection: the stream first, so that what is shown is not older than it."""
+        session = self._bus.session
+        info = await self._bus.js.stream_info(self.stream)
+        if not info.config.get("allow_direct"):
+            raise Configuration(f"the stream {self.stream} does not allow direct get, which a worker needs")
+        stream = Stream(info.created, info.first_seq, info.last_seq, info.num_deleted)
+        message = await self._bus.js.last_message(self.stream, self._pattern)
+        head: _Head | None = None
+        if message is not None:
+            try:
+                head = _head.decode(message.data)
+            except (msgspec.DecodeError, UnicodeDecodeError):
+                head = _Head(epoch="", boot="", seq=0)
+
+        def look(tx: Tx) -> tuple[str, StreamPosition | None, bool]:
+            ours = head is not None and tx.owns(head.epoch, head.boot, head.seq)
+            return tx.epoch, tx.position(self.stream), ours
+
+        epoch, position, ours = await self._journal.read(look)
+        if self._position_known:
+            position = self._position
+        shown = None
+        if message is not None and head is not None:
+            shown = Shown(message.stream_seq, head.epoch, head.boot, head.seq, ours)
+        if needs_deleted(epoch=epoch, position=position, stream=stream, shown=shown):
+            info = await self._bus.js.stream_info(self.stream, deleted=True)
+            stream = Stream(info.created, info.first_seq, info.last_seq, info.num_deleted, info.deleted)
+        if session != self._bus.session:
+            raise NotConnected("the connection changed while the stream was looked at")
+        return _Facts(epoch, position, stream, shown)
+
+    async def _apply(self, facts: _Facts, decision: GoOn) -> None:
+        if decision.why:
+            logger.info("events go on after {}: {}", decision.sent, decision.why)
+
+        def write(tx: Tx) -> None:
+            if decision.resend:
+                tx.outbox_resend(decision.sent + 1)
+            tx.outbox_acked(decision.sent, self._clock())
+            if decision.position is not None:
+                tx.put_position(self.stream, decision.position)
+
+        if decision.resend or decision.position not in (None, facts.position):
+            await self._journal.transact(write)
+        self._position = decision.position or facts.position
+        self._position_known = True
+        self._rows.clear()
+        self._created = facts.stream.created
+        self._expected = decision.expected
+        self._verified = self._bus.session
+        await self._advance(decision.sent)
+        self._work.set()
+
+    # -- the journal's side
+
+    async def _record_acks(self) -> None:
+        while True:
+            await self._ack_added.wait()
+            try:
+                await self._record_ack(lazy=True)
+            except ContractError as failure:
+                # Harmless: it is found again in the stream.
+                logger.warning("an acknowledgement was not recorded: {}", failure.message)
+                await asyncio.sleep(LONGEST_RETRY_S)
+
+    async def _record_ack(self, *, lazy: bool = False) -> None:
+        position, self._ack = self._ack, None
+        self._ack_added.clear()
+        if position is None:
+            return
+
+        def write(tx: Tx) -> None:
+            if position.last_epoch == tx.epoch:
+                tx.outbox_acked(position.last_event_seq, self._clock())
+                tx.put_position(self.stream, position)
+
+        await self._journal.transact(write, lazy=lazy)
+
+    async def _expire(self) -> None:
+        """Forget what was acknowledged 10 minutes ago, once the stream was seen to have it still."""
+        before = self._clock() - KEEP
+        state = await self._journal.read(lambda tx: tx.outbox_state())
+        if state.first_seq > state.acked_seq:
+            return
+        rows = await self._journal.read(lambda tx: tx.outbox(state.first_seq - 1, 1, 1))
+        if not rows or rows[0].acked_at is None or rows[0].acked_at >= before:
+            return
+        await self._recover()
+        while await self._journal.transact(lambda tx: tx.outbox_expire(before), lazy=True):
+            self._work.set()  # what came meanwhile is sent after this
+
+    def _tell(self, failure: ContractError) -> None:
+        now = asyncio.get_running_loop().time()
+        if now - self._told >= REPORT_EVERY_S:
+            self._told = now
+            logger.warning("events wait for the stream {}: {}; trying again", self.stream, failure.message)
+
+
+def _begin_epoch(tx: Tx, name: str, stream: Stream, shown: Shown) -> StreamPosition:
+    """A new epoch above the shown one's, which stands on the other worker's last message."""
+    # A copy of this journal may have sent what is unsent here: it would be there twice.
+    copied = shown.epoch == tx.epoch
+    try:
+        tx.new_epoch(shown.epoch or None, carry_unsent=not copied)
+    except ValueError:
+        tx.new_epoch(None, carry_unsent=not copied)
+    position = StreamPosition(
+        created=stream.created,
+        last_seq=shown.stream_seq,
+        last_event_seq=shown.seq,
+        last_epoch=shown.epoch,
+        last_boot=shown.boot,
+    )
+    tx.put_position(name, position)
+    return position

@@ -1,0 +1,74 @@
+"""doctor: what is well, what lacks, what each lack costs and what to do about it."""
+
+import asyncio
+
+from worker.cli.app import OK, REFUSED
+from worker.cli.context import Context, quiet_logs
+from worker.cli.doctor_checks import Finding, data_dir_checks, machine_checks, server_checks
+from worker.cli.parser import Namespace, Parser, page_width, wrapped
+from worker.cli.style import Style, clean
+from worker.cli.worker_cmd import local_config, place_options
+
+MARKS: dict[str, tuple[str, Style]] = {
+    "ok": ("ok", "good"),
+    "warn": ("warn", "warn"),
+    "fail": ("FAIL", "bad"),
+}
+INDENT = " " * 24
+
+
+def options_doctor(parser: Parser) -> None:
+    with parser.section("Whose directory"):
+        place_options(parser)
+    parser.details = """
+        Exit code 0 when nothing stands in a worker's way (there may be warnings), 4 when something does.
+    """
+
+
+async def verb_doctor(context: Context, args: Namespace) -> int:
+    quiet_logs()
+    config = local_config(context, args)
+    async with context.out.busy("looking"):
+        local = await asyncio.to_thread(lambda: [*machine_checks(), *data_dir_checks(config.data_dir)])
+        nats = context.nats_config()
+        remote = await server_checks(nats, f"name the server with --nats (now {_plain(nats.url)})")
+    findings = [*local, *remote]
+    if context.out.as_json:
+        context.out.document(findings)
+    else:
+        for finding, following in zip(findings, [*findings[1:], None], strict=True):
+            # Several lacks of one kind have one remedy.
+            last = following is None or following.do != finding.do
+            _show(context, finding, with_remedy=last)
+        _sum_up(context, findings)
+    return REFUSED if any(finding.level == "fail" for finding in findings) else OK
+
+
+def _plain(url: str) -> str:
+    """Without what stands before an @: that is a secret."""
+    return ", ".join(part.rpartition("@")[2].removeprefix("nats://") for part in url.split(","))
+
+
+def _show(context: Context, finding: Finding, *, with_remedy: bool) -> None:
+    out = context.out
+    mark, style = MARKS[finding.level]
+    lines = wrapped(clean(finding.found), page_width(), INDENT) or [INDENT]
+    out.line(f"{out.paint(mark.ljust(5), style)} {clean(finding.check).ljust(17)} {lines[0].strip()}")
+    for line in lines[1:]:
+        out.line(line)
+    for lead, text in (("costs: ", finding.cost), ("do:    ", finding.do if with_remedy else "")):
+        for number, line in enumerate(wrapped(clean(text), page_width() - len(INDENT + lead), "")):
+            out.line(INDENT + out.paint(lead if number == 0 else " " * len(lead), "dim") + line)
+
+
+def _sum_up(context: Context, findings: list[Finding]) -> None:
+    fails = sum(finding.level == "fail" for finding in findings)
+    warns = sum(finding.level == "warn" for finding in findings)
+    out = context.out
+    out.line()
+    if fails:
+        out.line(out.paint(f"{fails} of {len(findings)} checks failed", "bad") + f", {warns} warnings")
+    elif warns:
+        out.line(f"A worker can run here; {warns} warnings say what it cannot do.")
+    else:
+        out.line(out.paint("All is well.", "good"))

@@ -1,0 +1,114 @@
+"""Ending a run: signals, deadlines, and what is done when the shim does not manage."""
+
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+from worker.launcher.protocol import NOT_FOUND, Refused
+from worker.launcher.records import KILL_TREE, SIGNAL, STOP
+from worker.launcher.run import Host, Reply, Run
+from worker.launcher.timers import Timer
+
+_TAKE_OVER_S = 10.0
+
+
+class Ending:
+    """Everything that is on its way to end one run. `send` reaches the shim, `kill_shim` ends it."""
+
+    def __init__(
+        self,
+        host: Host,
+        cid: str,
+        run: Run,
+        send: Callable[[dict[str, Any]], None],
+        kill_shim: Callable[[], None],
+    ) -> None:
+        self._host = host
+        self._cid = cid
+        self._run = run
+        self._kill_shim = kill_shim
+        self._send = send
+        self._waiters: list[Reply] = []
+        self._signals: dict[int, Reply] = {}
+        self._numbers = 0
+        self._sent: set[int] = set()
+        self._deadline: Timer | None = None
+        self._take_over: Timer | None = None
+
+    # -- asked for
+
+    def signal(self, signum: int, reply: Reply) -> None:
+        """Pass a signal to the main program; answered when the shim has sent it."""
+        if signum == signal.SIGKILL and self._run.killed_by is None:
+            self._run.killed_by = SIGNAL
+        self._pass(signum, reply, wake=False)
+
+    def stop(self, signum: int, timeout_s: float, reply: Reply) -> None:
+        """The stop signal, once, then the end of the tree after `timeout_s`; of two deadlines the earlier."""
+        if self._run.killed_by in (None, SIGNAL):
+            self._run.killed_by = STOP
+        self._waiters.append(reply)
+        if signum not in self._sent and timeout_s > 0:
+            self._sent.add(signum)
+            self._pass(signum, None, wake=True)
+        due = time.monotonic() + timeout_s
+        if self._deadline is None or due < self._deadline.due:
+            if self._deadline is not None:
+                self._deadline.cancel()
+            self._deadline = self._host.loop.timers.after(timeout_s, self._escalate)
+
+    def kill_tree(self, reply: Reply | None, why: str = KILL_TREE) -> None:
+        if reply is not None:
+            self._waiters.append(reply)
+        self._run.killed_by = why
+        self._kill()
+
+    def _pass(self, signum: int, reply: Reply | None, *, wake: bool) -> None:
+        self._numbers += 1
+        if reply is not None:
+            self._signals[self._numbers] = reply
+        self._send({"t": "signal", "n": self._numbers, "signum": signum, "wake": wake})
+
+    def _escalate(self) -> None:
+        self._run.escalated = True
+        self._kill()
+
+    def _kill(self) -> None:
+        self._send({"t": "kill"})
+        if self._take_over is None:
+            self._take_over = self._host.loop.timers.after(_TAKE_OVER_S, self._takes_over)
+
+    def _takes_over(self) -> None:
+        """The shim does not manage: end it, so that its tree comes to the launcher."""
+        self._host.log(f"{self._cid}: the shim does not end its tree; taking over")
+        self._run.taken_over = True
+        self._kill_shim()
+
+    # -- reached
+
+    def signalled(self, number: int, *, gone: bool) -> None:
+        """The shim has passed a signal on, or found the program ended."""
+        reply = self._signals.pop(number, None)
+        if reply is None:
+            return
+        if gone:
+            reply.refuse(_just_ended(self._cid))
+        else:
+            reply.ok()
+
+    def over(self, record: dict[str, Any] | None) -> None:
+        """Answer whoever waits. `record` is None when the program was never reached."""
+        for timer in (self._deadline, self._take_over):
+            if timer is not None:
+                timer.cancel()
+        waiters, self._waiters = self._waiters, []
+        for reply in waiters:
+            reply.ok(record=record)
+        signals, self._signals = self._signals, {}
+        for reply in signals.values():
+            reply.refuse(_just_ended(self._cid))
+
+
+def _just_ended(cid: str) -> Refused:
+    return Refused(NOT_FOUND, f"the program of {cid} has just ended")

@@ -1,0 +1,277 @@
+"""The launcher: its parts put together, and the ops that the worker may ask for.
+
+| op | fields | answer | |---|---|---| | hello | key, protocol [low, high], events | protocol, build, pid,
+start_time, started_at_us | | containers | | containers, ports | | reserve_port · release_port | cid, port ·
+cid | port · released | | start | cid, instance, run, program, argv, env, cwd, plan, state_dir, limits |
+pid, start_time, started_at_us, … | | signal | cid, instance, run, signum | when it was sent | | stop | cid,
+instance, run, signum, timeout_s | record, when the tree has ended | | kill_tree | cid, instance, run |
+record, when the tree has ended; null when the program was never reached | | exec | cid, program, argv, env,
+cwd, stdin (base64), timeout_s, max_output | exit_code, stdout, stderr, … | | ack_output | cid, stream,
+offset | none | | forget | cid, instance | forgotten | | shutdown | kill | when nothing runs; the launcher
+then exits |
+"""
+
+import base64
+import binascii
+import os
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+from worker.launcher import requests
+from worker.launcher.container import Container
+from worker.launcher.control import Client, ClientReply, Control
+from worker.launcher.exec import OUTPUT_BYTES, ExecSession
+from worker.launcher.loop import Signals
+from worker.launcher.protocol import (
+    BUILD,
+    CONFLICT,
+    EXHAUSTED,
+    INVALID,
+    NOT_FOUND,
+    START_FAILED,
+    STREAMS,
+    Refused,
+)
+from worker.launcher.records import SHUTDOWN
+from worker.launcher.run import Host, Phase
+from worker.launcher.sandbox import Sandboxes
+from worker.launcher.spares import Spares
+
+_MAX_EXECS = 64
+_MAX_EXEC_OUTPUT = 1024 * 1024
+_ABANDONED_S = 30.0
+
+Message = dict[str, Any]
+
+
+class Launcher:
+    """`abandoned` tells that the data directory is no longer ours."""
+
+    def __init__(
+        self,
+        host: Host,
+        control: Control,
+        signals: Signals,
+        sandboxes: Sandboxes,
+        spares: Spares,
+        containers: dict[str, Container],
+        abandoned: Callable[[], bool],
+    ) -> None:
+        self.containers = containers
+        self.started_at_us = time.time_ns() // 1000
+        self._host = host
+        self._loop = host.loop
+        self._control = control
+        self._signals = signals
+        self._sandboxes = sandboxes
+        self._spares = spares
+        self._abandoned = abandoned
+        self._shutdown: list[ClientReply] | None = None
+        self._exec_numbers = 0
+        control.describe = self._describe
+        control.on_subscribe = self._subscribed
+        control.ops = {
+            "containers": self._op_containers,
+            "reserve_port": self._op_reserve_port,
+            "release_port": self._op_release_port,
+            "start": self._op_start,
+            "signal": self._op_signal,
+            "stop": self._op_stop,
+            "kill_tree": self._op_kill_tree,
+            "exec": self._op_exec,
+            "ack_output": self._op_ack_output,
+            "forget": self._op_forget,
+            "shutdown": self._op_shutdown,
+        }
+        self._loop.after_pass = self._after_pass
+        self._loop.add(signals.fd, self._on_signals)
+        self._loop.timers.after(_ABANDONED_S, self._check_abandoned)
+
+    # -- the loop
+
+    def _on_signals(self, mask: int) -> None:
+        came = self._signals.take()
+        if signal.SIGCHLD in came:
+            self._host.children.reap()
+        if signal.SIGTERM in came:
+            self._begin_shutdown()
+
+    def _after_pass(self) -> None:
+        if self._control.heard:
+            items = self._host.capture.take_notices()
+            if items:
+                self._control.tell({"event": "output", "items": items})
+        if self._shutdown is not None and not self._live():
+            for reply in self._shutdown:
+                reply.ok()
+            self._loop.stopped = True
+
+    def _live(self) -> list[Container]:
+        return [container for container in self.containers.values() if container.live]
+
+    def _subscribed(self) -> None:
+        for container in self.containers.values():
+            for stream in container.streams.values():
+                self._host.capture.rearm(stream)
+
+    def _check_abandoned(self) -> None:
+        """A launcher whose data directory was deleted can be found by nobody; it ends when nothing runs."""
+        if self._abandoned() and not self._live():
+            self._host.log("the data directory is gone; nothing runs; ending")
+            self._loop.stopped = True
+        self._loop.timers.after(_ABANDONED_S, self._check_abandoned)
+
+    def _describe(self) -> dict[str, Any]:
+        own = self._host.table.find(os.getpid())
+        return {
+            "build": BUILD,
+            "pid": os.getpid(),
+            "start_time": 0 if own is None else own.start,
+            "started_at_us": self.started_at_us,
+        }
+
+    # -- which container
+
+    def _find(self, message: Message) -> Container:
+        """The container of exactly this run."""
+        cid, instance = requests.text(message, "cid"), requests.text(message, "instance")
+        run = requests.whole(message, "run", 1, 1 << 62)
+        container = self.containers.get(cid)
+        if container is None or (container.identity.instance, container.identity.run) != (instance, run):
+            raise Refused(NOT_FOUND, f"run {run} of {cid} ({instance}) is not known here")
+        return container
+
+    # -- ops
+
+    def _op_containers(self, client: Client, message: Message, reply: ClientReply) -> None:
+        reply.ok(
+            containers=[c.to_wire() for c in self.containers.values()],
+            ports=self._host.ports.all(),
+        )
+
+    def _op_reserve_port(self, client: Client, message: Message, reply: ClientReply) -> None:
+        port = requests.optional_whole(message, "port", 1, 65535)
+        reply.ok(port=self._host.ports.reserve(requests.text(message, "cid"), port))
+
+    def _op_release_port(self, client: Client, message: Message, reply: ClientReply) -> None:
+        reply.ok(released=self._host.ports.release(requests.text(message, "cid")))
+
+    def _op_start(self, client: Client, message: Message, reply: ClientReply) -> None:
+        identity = requests.identity(message)
+        command = requests.command(message)
+        plan = requests.plan(message)
+        self._sandboxes.check(plan)
+        if self._shutdown is not None:
+            raise Refused(CONFLICT, "the launcher is shutting down")
+        old = self.containers.get(identity.cid)
+        if old is not None:
+            same = (old.identity.instance, old.identity.run) == (identity.instance, identity.run)
+            if same and old.phase is Phase.RUNNING:
+                reply.ok(**old.started_wire())
+                return
+            if same or old.live:
+                raise Refused(CONFLICT, f"run {old.identity.run} of {identity.cid} is {old.phase.value}")
+        writers = {
+            name: self._host.capture.writer(identity.state_dir, name, identity.max_log_bytes)
+            for name in STREAMS
+        }
+        container = Container(self._host, identity, writers)
+        if old is not None:
+            old.dispose()
+        self.containers[identity.cid] = container
+        self._spares.take(
+            lambda shim: container.start(shim, command, plan, reply),
+            lambda failure: container.not_started("fork", failure, reply),
+        )
+
+    def _op_signal(self, client: Client, message: Message, reply: ClientReply) -> None:
+        container = self._find(message)
+        if container.phase is not Phase.RUNNING:
+            raise Refused(NOT_FOUND, f"{container.cid} does not run; it is {container.phase.value}")
+        container.ending.signal(requests.whole(message, "signum", 1, 64), reply)
+
+    def _op_stop(self, client: Client, message: Message, reply: ClientReply) -> None:
+        container = self._find(message)
+        if not container.live:
+            reply.ok(record=container.run.record)
+            return
+        signum = requests.whole(message, "signum", 1, 64)
+        container.ending.stop(signum, requests.seconds(message, "timeout_s"), reply)
+
+    def _op_kill_tree(self, client: Client, message: Message, reply: ClientReply) -> None:
+        container = self._find(message)
+        if not container.live:
+            reply.ok(record=container.run.record)
+            return
+        container.ending.kill_tree(reply)
+
+    def _op_exec(self, client: Client, message: Message, reply: ClientReply) -> None:
+        container = self.containers.get(requests.text(message, "cid"))
+        command = requests.command(message)
+        timeout_s = requests.seconds(message, "timeout_s")
+        limit = requests.optional_whole(message, "max_output", 0, _MAX_EXEC_OUTPUT)
+        try:
+            stdin = base64.b64decode(message.get("stdin") or "", validate=True)
+        except (ValueError, TypeError, binascii.Error) as failure:
+            raise Refused(INVALID, f"stdin must be base64: {failure}") from failure
+        if container is None or container.phase is not Phase.RUNNING:
+            raise Refused(CONFLICT, "the container does not run")
+        if len(container.execs) >= _MAX_EXECS:
+            raise Refused(EXHAUSTED, f"{_MAX_EXECS} programs are being executed in the container already")
+        self._exec_numbers += 1
+        number = self._exec_numbers
+        try:
+            session = ExecSession(
+                self._loop,
+                reply,
+                stdin=stdin,
+                timeout_s=timeout_s,
+                limit=OUTPUT_BYTES if limit is None else limit,
+                send_kill=lambda: container.tell_shim({"t": "exec_kill", "n": number}),
+            )
+        except OSError as failure:
+            detail = failure.strerror or str(failure)
+            raise Refused(
+                START_FAILED,
+                f"descriptors: {detail}",
+                step="descriptors",
+                errno=failure.errno or 0,
+                detail=detail,
+            ) from failure
+        container.execs[number] = session
+        container.tell_shim({"t": "exec", "n": number, **command._asdict()}, session.passed)
+
+    def _op_ack_output(self, client: Client, message: Message, reply: ClientReply) -> None:
+        container = self.containers.get(requests.text(message, "cid"))
+        stream = None if container is None else container.streams.get(requests.text(message, "stream"))
+        if stream is not None:
+            self._host.capture.acknowledge(stream, requests.whole(message, "offset", 0, 1 << 62))
+
+    def _op_forget(self, client: Client, message: Message, reply: ClientReply) -> None:
+        cid, instance = requests.text(message, "cid"), requests.text(message, "instance")
+        container = self.containers.get(cid)
+        if container is None or container.identity.instance != instance:
+            reply.ok(forgotten=False)
+            return
+        if container.live:
+            raise Refused(CONFLICT, f"{cid} is {container.phase.value}")
+        del self.containers[cid]
+        container.dispose()
+        reply.ok(forgotten=True)
+
+    def _op_shutdown(self, client: Client, message: Message, reply: ClientReply) -> None:
+        live = self._live()
+        if live and not message.get("kill"):
+            raise Refused(CONFLICT, f"{len(live)} containers run")
+        self._begin_shutdown(reply)
+
+    def _begin_shutdown(self, reply: ClientReply | None = None) -> None:
+        if self._shutdown is None:
+            self._shutdown = []
+            self._spares.close()
+            for container in self._live():
+                container.ending.kill_tree(None, SHUTDOWN)
+        if reply is not None:
+            self._shutdown.append(reply)

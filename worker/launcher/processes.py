@@ -1,0 +1,105 @@
+"""What the launcher needs of an operating system about processes: one table of functions per system.
+
+`system()` picks by `os.uname()`, once. Linux is exact: orphans come to the nearest subreaper, a parent's
+death is signalled, a process is named by a descriptor. macOS has none of the three; there a tree is what
+descends from the root or lives in one of its sessions, and the worker's own means (marker, unique ids) do
+the rest.
+"""
+
+import os
+import socket
+from collections.abc import Collection
+from typing import NamedTuple, Protocol
+
+ROLES = ("main", "fork", "shim")
+
+
+class Process(NamedTuple):
+    """One process as the system shows it.
+
+    `start` identifies it together with `pid`: clock ticks since boot on Linux (field 22 of /proc/<pid>/stat),
+    microseconds since 1970 on macOS.
+    """
+
+    pid: int
+    ppid: int
+    session: int
+    start: int
+    alive: bool
+    stopped: bool
+
+
+class System(Protocol):
+    """`exact` says that every orphan below a subreaper shows up as its child; `rss_unit` is that of
+    `ru_maxrss`.
+    """
+
+    exact: bool
+    rss_unit: int
+
+    def adopt_orphans(self) -> None:
+        """Make this process the parent of every descendant that loses its own."""
+
+    def follow_parent(self, signum: int) -> None:
+        """Have `signum` sent to this process when its parent dies."""
+
+    def hide_memory(self) -> None:
+        """Keep other processes of the same user from reading this one's memory."""
+
+    def name_process(self, role: str) -> None:
+        """Show one of ROLES in lists of processes."""
+
+    def close_descriptors(self, keep: Collection[int]) -> None:
+        """Close every descriptor but those of `keep`."""
+
+    def find(self, pid: int) -> Process | None: ...
+
+    def ended(self, pid: int) -> bool:
+        """True for a child of this process that has ended and is not reaped yet."""
+
+    def members(self, root: int, sessions: Collection[int], spare: Collection[int]) -> list[Process]:
+        """The processes below `root`, without `root` and without `spare` and what is below these.
+
+        `sessions` are sessions that descendants of `root` began; where `exact` is false their members count
+        too.
+        """
+
+    def signal(self, process: Process, signum: int) -> bool:
+        """Signal exactly this process; False when it is gone, or its number means another one now."""
+
+    def peer(self, sock: socket.socket) -> tuple[int, int]:
+        """(pid, uid) of the process that connected; pid 0 when it is not known."""
+
+    def cpu_limit_s(self, pid: int) -> int | None:
+        """The soft RLIMIT_CPU of a process, None without one or where it cannot be asked."""
+
+    def grow_pipe(self, fd: int, size: int) -> int:
+        """Try to enlarge a pipe; gives its size."""
+
+    def descriptor_limit(self) -> int:
+        """The greatest soft RLIMIT_NOFILE that this process may set."""
+
+
+def system() -> System:
+    """The table of this machine."""
+    if os.uname().sysname == "Darwin":
+        from worker.launcher.darwin import DarwinSystem
+
+        return DarwinSystem()
+    from worker.launcher.linux import LinuxSystem
+
+    return LinuxSystem()
+
+
+def descends(table: System, pid: int, ancestor: int) -> bool:
+    """True when `pid` is `ancestor` or below it, or when that cannot be ruled out."""
+    for _ in range(4096):
+        if pid == ancestor:
+            return True
+        if pid <= 1:
+            return False
+        process = table.find(pid)
+        if process is None:
+            return True
+        pid = process.ppid
+    return True

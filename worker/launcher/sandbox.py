@@ -1,0 +1,83 @@
+"""Finding the platform's enforcement, and calling it in the child."""
+
+import importlib
+import os
+from typing import Any
+
+from worker.launcher.protocol import START_FAILED, UNSUPPORTED, Refused
+
+NO_SANDBOX = "none"
+
+_SYSTEMS = {"Linux": "linux", "Darwin": "darwin"}
+
+
+class SandboxFailed(Exception):
+    """A step of the enforcement failed; the program must not run."""
+
+    def __init__(self, step: str, number: int, detail: str) -> None:
+        super().__init__(detail)
+        self.step = step
+        self.errno = number
+        self.detail = detail
+
+
+class Sandboxes:
+    """Carries out plans. `allow_none` is for tests: plans of platform `none` run without a sandbox."""
+
+    def __init__(self, *, allow_none: bool = False) -> None:
+        self._allow_none = allow_none
+        self._platform = _SYSTEMS.get(os.uname().sysname, "")
+        self._module: Any = None
+
+    def load(self) -> None:
+        """Import the enforcement and let it settle, so that every later fork shares it. ImportError."""
+        if self._module is None:
+            module = importlib.import_module(f"worker.platform.{self._platform}.enforce")
+            if hasattr(module, "settle"):
+                module.settle()
+            self._module = module
+
+    def check(self, plan: dict[str, Any]) -> None:
+        """Refused when nothing here can carry out `plan`."""
+        platform = plan.get("platform")
+        if platform == NO_SANDBOX and self._allow_none:
+            return
+        if platform != self._platform:
+            raise Refused(UNSUPPORTED, f"a plan for the platform {platform!r}; this is {self._platform!r}")
+        try:
+            self.load()
+        except ImportError as failure:
+            message = f"sandbox: the enforcement cannot be loaded: {failure}"
+            raise Refused(START_FAILED, message, step="sandbox", errno=0, detail=str(failure)) from failure
+
+    def hold(self, pid: int) -> int | None:
+        """A descriptor to keep while a program lives; to be asked for between its fork and its exec."""
+        hold_process = getattr(self._module, "hold_process", None)
+        if hold_process is None:
+            return None
+        try:
+            fd: int = hold_process(pid)
+        except OSError:
+            return None  # it has ended already
+        return fd
+
+    def apply(self, plan: dict[str, Any]) -> None:
+        """Confine this process, between fork and exec. Raises SandboxFailed, or Refused as `check` does."""
+        self.check(plan)
+        if plan["platform"] == NO_SANDBOX:
+            return
+        try:
+            if hasattr(self._module, "prepare"):
+                self._module.apply(plan, self._module.prepare(plan))
+            else:
+                self._module.apply(plan)
+        except Exception as failure:
+            raise _named(failure) from failure
+
+
+def _named(failure: Exception) -> SandboxFailed:
+    """Enforcement errors carry `step`, `errno` and `detail`; anything else is a bug, told the same way."""
+    step = getattr(failure, "step", None) or "sandbox"
+    number = getattr(failure, "errno", None) or 0
+    detail = getattr(failure, "detail", None) or f"{type(failure).__name__}: {failure}"
+    return SandboxFailed(str(step), int(number), str(detail))

@@ -1,0 +1,389 @@
+"""A container's small parent: forked from the launcher, never exec'd, so it costs its own few pages only.
+
+It is the subreaper of everything that the container starts, so the tree below it is exact. It forks the
+child that will be the program (ahead of need, see `spares`) and the `exec` sessions, passes signals to the
+program, and when the program ends, when it is told to, or when the launcher is gone, it kills all that is
+left, reaps until it has no child, tells how the program ended, and exits.
+
+Messages (frames of `protocol`, `t` names the kind):
+
+    launcher -> shim   plan {plan} · signal {n, signum, wake} · kill {} · exec_kill {n}
+                       exec {n, program, argv, env, cwd} with three descriptors
+    shim -> launcher   started {pid, at} · failed {step, errno, detail} · signalled {n, gone}
+                       exec_failed {n, step, errno, detail} · exec_exited {n, code}
+                       exited {code, at, cpu_usec, main_cpu_usec, max_rss}
+"""
+
+import array
+import gc
+import os
+import resource
+import select
+import signal
+import socket
+import time
+from typing import Any, NamedTuple, NoReturn
+
+from worker.launcher.processes import Process, System
+from worker.launcher.program import Birth, Failure, Inherited, read_report, run_now, run_ordered
+from worker.launcher.protocol import FrameBuffer, decode_body, encode_body, frame
+from worker.launcher.reaper import TreeKiller, belonging, exit_code
+from worker.launcher.sandbox import Sandboxes
+
+PLAN_START = b'{"t":"plan",'
+
+_MAX_DESCRIPTORS = 64
+_KILL_WAIT_MS = (0, 1, 2, 5, 10, 20, 50)
+_EXEC_KILL_ROUNDS = 20
+
+
+class Spawned:
+    """A program of the container: the main one (`session` None) or one of an `exec`."""
+
+    def __init__(self, pid: int, report: int, session: int | None, held: int | None) -> None:
+        self.pid = pid
+        self.held = held
+        self.report: int | None = report
+        self.session = session
+        self.said = b""
+        self.status: int | None = None
+        self.times: Any = None
+
+
+class ShimArguments(NamedTuple):
+    """All that a shim takes over from the launcher; every other descriptor is closed."""
+
+    sock: socket.socket
+    order: socket.socket
+    sandboxes: Sandboxes
+    stdout: int
+    stderr: int
+    keep: tuple[int, ...]
+    launcher: int
+    nursery: int
+    inherited: Inherited
+    table: System
+
+
+def run_shim(arguments: ShimArguments) -> NoReturn:
+    """The whole life of a shim, right after the fork. Never returns."""
+    try:
+        gc.disable()  # a collection would copy the pages shared with the launcher
+        Shim(arguments).run()
+    except BaseException as failure:
+        # Nothing may unwind into the launcher's frames. Its programs die by PDEATHSIG, the rest by the
+        # launcher.
+        os.write(2, f"shim {os.getpid()}: {type(failure).__name__}: {failure}\n".encode(errors="replace"))
+    os._exit(1)
+
+
+class Shim:
+    def __init__(self, arguments: ShimArguments) -> None:
+        self._args = arguments
+        self._table = arguments.table
+        self._sock = arguments.sock
+        self._frames = FrameBuffer()
+        self._passed: list[int] = []
+        self._main: Spawned | None = None
+        self._execs: dict[int, Spawned] = {}
+        self._sessions: list[int] = []
+        self._wake = -1
+        self._plan = b""
+        self._childless = False
+        self._ending = False
+
+    def run(self) -> None:
+        args = self._args
+        # A group of its own in the launcher's session: when the launcher dies the group is orphaned, and
+        # the kernel continues a shim that someone had stopped.
+        os.setpgid(0, 0)
+        wake_read, wake_write = os.pipe()
+        os.set_blocking(wake_write, False)
+        os.set_blocking(wake_read, False)
+        signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
+        self._table.follow_parent(signal.SIGTERM)
+        if not self._has_parent():
+            os._exit(0)
+        self._table.adopt_orphans()
+        self._table.name_process("shim")
+        order = args.order.fileno()
+        own = {0, 1, 2, self._sock.fileno(), order, wake_read, wake_write, args.stdout, args.stderr}
+        self._table.close_descriptors(own | set(args.keep))
+        self._wake = wake_read
+        if self._start_main():
+            self._serve()
+        os._exit(0)
+
+    # -- the loop
+
+    def _serve(self) -> None:
+        sock, wake = self._sock.fileno(), self._wake
+        while not self._ending:
+            poll = select.poll()
+            poll.register(sock, select.POLLIN)
+            poll.register(wake, select.POLLIN)
+            for spawned in self._spawned():
+                if spawned.report is not None:
+                    poll.register(spawned.report, select.POLLIN)
+            ready = {fd for fd, _ in poll.poll()}
+            for spawned in self._spawned():
+                if spawned.report in ready:
+                    self._read_report(spawned)
+            if wake in ready:
+                _drain(wake)
+                if not self._has_parent():
+                    break
+                self._reap()
+            if sock in ready and not self._ending and not self._read_socket():
+                break
+        self._end_tree()
+
+    def _has_parent(self) -> bool:
+        """Whether the launcher is alive. Without a nursery, the launcher is the parent."""
+        parent = os.getppid()
+        if parent == self._args.launcher:
+            self._table.follow_parent(signal.SIGTERM)  # it may have become that just now
+        return parent in (self._args.launcher, self._args.nursery) or not self._table.exact
+
+    def _spawned(self) -> list[Spawned]:
+        main = [] if self._main is None else [self._main]
+        return [*main, *self._execs.values()]
+
+    def _send(self, **message: Any) -> None:
+        self._send_body(encode_body(message))
+
+    def _send_body(self, body: bytes) -> None:
+        try:
+            self._sock.sendall(frame(body))
+        except (BrokenPipeError, ConnectionResetError):
+            return  # the launcher is gone; the loop notices
+
+    # -- programs
+
+    def _start_main(self) -> bool:
+        args = self._args
+        null = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
+        spawned = self._fork((null, args.stdout, args.stderr), None, None)
+        for fd in (null, args.stdout, args.stderr):
+            os.close(fd)
+        args.order.close()
+        if isinstance(spawned, Failure):
+            self._send(t="failed", **spawned._asdict())
+            return False
+        self._main = spawned
+        return True
+
+    def _fork(
+        self, files: tuple[int, int, int], session: int | None, order: dict[str, Any] | None
+    ) -> Spawned | Failure:
+        """Fork a child that becomes the program of `order`, or of the order that it will get."""
+        args = self._args
+        report_read, report_write = os.pipe()
+        parent = os.getpid()
+        try:
+            pid = os.fork()
+        except OSError as failure:
+            os.close(report_read)
+            os.close(report_write)
+            return Failure("fork", failure.errno or 0, failure.strerror or str(failure))
+        if pid == 0:
+            birth = Birth(files, report_write, parent, args.inherited, args.sandboxes, args.table)
+            if order is None:
+                run_ordered(birth, args.order)
+            run_now(birth, order)
+        held = args.sandboxes.hold(pid)
+        os.close(report_write)
+        self._sessions.append(pid)
+        return Spawned(pid, report_read, session, held)
+
+    def _read_report(self, spawned: Spawned) -> None:
+        """Read what the child says of its way to the program; the end of it is the news."""
+        if spawned.report is None:
+            return
+        chunk = os.read(spawned.report, 4096)
+        if chunk:
+            spawned.said += chunk
+            return
+        os.close(spawned.report)
+        spawned.report = None
+        failure = read_report(spawned.said)
+        if spawned.session is not None:
+            if failure is not None:
+                self._execs.pop(spawned.session)
+                self._send(t="exec_failed", n=spawned.session, **failure._asdict())
+        elif failure is None:
+            # Written out: the encoder's first use would cost every shim 150 KB of copied pages.
+            self._send_body(b'{"t":"started","pid":%d,"at":%d}' % (spawned.pid, _now_us()))
+        else:
+            self._main = None
+            self._end_children()
+            self._send(t="failed", **failure._asdict())
+            os._exit(0)
+
+    def _reap(self) -> None:
+        """Collect whoever ended. The main program is looked at first, so that its number stays ours."""
+        main = self._main
+        if main is not None and main.status is None and self._table.ended(main.pid):
+            self._ending = True
+            return
+        while self._collect():
+            if main is not None and main.status is not None:
+                self._ending = True
+                return
+
+    def _collect(self) -> bool:
+        """Reap one child; False when none is ready, and `_childless` when there is none at all."""
+        try:
+            pid, status, times = os.wait4(-1, os.WNOHANG)
+        except ChildProcessError:
+            self._childless = True
+            return False
+        self._childless = False
+        if pid == 0:
+            return False
+        for spawned in self._spawned():
+            if spawned.pid == pid:
+                while spawned.report is not None:
+                    self._read_report(spawned)  # its end is there: nobody else holds the pipe before exec
+                spawned.status = status
+                spawned.times = times
+                if spawned.held is not None:
+                    os.close(spawned.held)
+                    spawned.held = None
+                if spawned.session is not None and self._execs.pop(spawned.session, None) is not None:
+                    self._send(t="exec_exited", n=spawned.session, code=exit_code(status))
+        return True
+
+    # -- what the launcher asks
+
+    def _read_socket(self) -> bool:
+        """False at the end of it: the launcher is gone."""
+        try:
+            data, ancillary, _, _ = self._sock.recvmsg(65536, socket.CMSG_SPACE(_MAX_DESCRIPTORS * 4))
+        except ConnectionResetError:
+            return False
+        for level, kind, raw in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                fds = array.array("i")
+                fds.frombytes(raw[: len(raw) - len(raw) % fds.itemsize])
+                for fd in fds:
+                    os.set_inheritable(fd, False)
+                self._passed += fds
+        if not data:
+            return False
+        self._frames.feed(data)
+        while not self._ending:
+            body = self._frames.next()
+            if body is None:
+                break
+            if body.startswith(PLAN_START):
+                self._plan = body  # taken apart only when an exec needs it
+            else:
+                self._obey(decode_body(body))
+        return True
+
+    def _obey(self, message: dict[str, Any]) -> None:
+        kind = message["t"]
+        if kind == "signal":
+            self._pass_signal(message["n"], message["signum"], message["wake"])
+        elif kind == "kill":
+            self._ending = True
+        elif kind == "exec":
+            self._exec(message)
+        elif kind == "exec_kill":
+            self._exec_kill(message["n"])
+
+    def _pass_signal(self, number: int, signum: int, wake: bool) -> None:
+        main = self._main
+        gone = main is None or main.status is not None
+        if main is not None and not gone:
+            # Not reaped, so the number is still its own, even when it has just ended.
+            os.kill(main.pid, signum)
+            process = self._table.find(main.pid) if wake else None
+            if process is not None and process.stopped:
+                os.kill(main.pid, signal.SIGCONT)
+        self._send(t="signalled", n=number, gone=gone)
+
+    def _exec(self, message: dict[str, Any]) -> None:
+        files = (self._passed.pop(0), self._passed.pop(0), self._passed.pop(0))
+        number = message["n"]
+        spawned = self._fork(files, number, {**message, "plan": decode_body(self._plan)["plan"]})
+        for fd in files:
+            os.close(fd)
+        if isinstance(spawned, Failure):
+            self._send(t="exec_failed", n=number, **spawned._asdict())
+        else:
+            self._execs[number] = spawned
+
+    def _exec_kill(self, number: int) -> None:
+        """Kill an exec session: what descends from it, and what lost its parent but stayed in its session."""
+        spawned = self._execs.get(number)
+        if spawned is None:
+            return
+        killer = TreeKiller(self._table, lambda: belonging(self._members(), spawned.pid), eager=False)
+        for _ in range(_EXEC_KILL_ROUNDS):
+            if killer.round((spawned.pid,)) == 0:
+                break
+            time.sleep(0.001)  # the kernel ends what was killed in its own time
+
+    def _members(self) -> list[Process]:
+        return self._table.members(os.getpid(), self._sessions, ())
+
+    # -- the end
+
+    def _end_tree(self) -> None:
+        main = self._main
+        at = _now_us()
+        ended = main is not None and (main.status is not None or self._table.ended(main.pid))
+        self._end_children()
+        if main is not None and main.status is not None:
+            usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+            self._send(
+                t="exited",
+                code=exit_code(main.status),
+                at=at if ended else _now_us(),
+                cpu_usec=_cpu_usec(usage),
+                main_cpu_usec=_cpu_usec(main.times),
+                max_rss=usage.ru_maxrss * self._table.rss_unit,
+            )
+        os._exit(0)
+
+    def _end_children(self) -> None:
+        """Until no child is left: kill all that there is, reap, look again."""
+        killer = TreeKiller(self._table, self._members, eager=True)
+        poll = select.poll()
+        poll.register(self._wake, select.POLLIN)
+        attempt = 0
+        killer.kill_groups(self._leaders())
+        while True:
+            while self._collect():
+                pass
+            if self._childless and self._table.exact:
+                return
+            found = killer.round(self._leaders())
+            if self._childless and not found:
+                return
+            poll.poll(_KILL_WAIT_MS[min(attempt, len(_KILL_WAIT_MS) - 1)])
+            _drain(self._wake)
+            attempt += 1
+
+    def _leaders(self) -> list[int]:
+        """Leaders of sessions whose numbers cannot mean another process: they are not reaped yet."""
+        return [s.pid for s in self._spawned() if s.status is None]
+
+
+def _cpu_usec(usage: resource.struct_rusage) -> int:
+    return round((usage.ru_utime + usage.ru_stime) * 1_000_000)
+
+
+def _now_us() -> int:
+    return time.time_ns() // 1000
+
+
+def _drain(fd: int) -> None:
+    """Empty a non-blocking pipe of wake-ups."""
+    try:
+        while len(os.read(fd, 512)) == 512:
+            pass
+    except BlockingIOError:
+        return

@@ -1,0 +1,218 @@
+"""Shims forked ahead of need, each with a child that waits to become a program.
+
+Two forks of an interpreter, and the pages that they copy, are most of what a start costs; a spare has them
+behind it. It belongs to nobody until it is taken. In a burst, those who want one wait for the nursery in
+turn.
+"""
+
+import gc
+import os
+import signal
+import socket
+from collections.abc import Callable
+
+from worker.launcher.channel import Channel
+from worker.launcher.children import Children
+from worker.launcher.loop import Loop
+from worker.launcher.nursery import ANSWER, DESCRIPTORS, Heritage, run_nursery
+from worker.launcher.timers import Timer
+
+SPARES = 2
+_REFILL_S = 0.02
+_REVIVE_S = 1.0
+_ATTEMPTS = 3
+
+
+class Shim:
+    """The launcher's side of one shim. `pipes` are the reading ends of its program's stdout and stderr."""
+
+    def __init__(self, heritage: Heritage, pid: int, channel: Channel, order: Channel | None) -> None:
+        self.pid = pid
+        self.channel = channel
+        self.order = order
+        self.pipes: tuple[int, ...] = ()
+        self._table = heritage.table
+        self._process = heritage.table.find(pid)
+
+    @property
+    def start(self) -> int:
+        return 0 if self._process is None else self._process.start
+
+    @property
+    def alive(self) -> bool:
+        now = self._table.find(self.pid)
+        return now is not None and now.alive and now.start == self.start
+
+    def signal(self, signum: int) -> None:
+        if self._process is not None:
+            self._table.signal(self._process, signum)
+
+    def close(self) -> None:
+        """Let go of it; it ends what it has, and itself, when its sockets close."""
+        self.channel.close()
+        if self.order is not None:
+            self.order.close()
+            self.order = None
+        for fd in self.pipes:
+            os.close(fd)
+        self.pipes = ()
+
+
+OnShim = Callable[[Shim], None]
+OnFailure = Callable[[OSError], None]
+
+
+class Spares:
+    """Owns the nursery. `shims` are the pids of all shims whose sockets are open, taken or not."""
+
+    def __init__(
+        self, loop: Loop, children: Children, heritage: Heritage, log: Callable[[str], None]
+    ) -> None:
+        self._loop = loop
+        self._children = children
+        self._heritage = heritage
+        self._log = log
+        self._sock: socket.socket | None = None
+        self._spares: list[Shim] = []
+        self._waiting: list[tuple[OnShim, OnFailure]] = []
+        self._asked = 0
+        self._failures = 0
+        self._refill: Timer | None = None
+        self._closed = False
+        self._revive()
+
+    def take(self, on_shim: OnShim, on_failure: OnFailure) -> None:
+        """Give a spare to `on_shim`, at once or when the nursery has made one."""
+        self._refill_later()
+        while self._spares:
+            shim = self._spares.pop(0)
+            if not shim.channel.closed:
+                on_shim(shim)
+                return
+        self._waiting.append((on_shim, on_failure))
+        self._ask()
+
+    def close(self) -> None:
+        """Let the nursery and every spare end, and make no more."""
+        self._closed = True
+        self._drop_nursery()
+        while self._spares:
+            self._spares.pop().close()
+        self._fail(OSError(0, "the launcher is ending"))
+
+    # -- the nursery
+
+    def _revive(self) -> None:
+        if self._closed or self._sock is not None:
+            return
+        try:
+            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+            gc.collect()
+            gc.freeze()  # so that no collection, here or there, copies the pages that both share
+            pid = os.fork()
+        except OSError as failure:
+            self._log(f"no nursery: {failure}")
+            self._fail(failure)
+            self._loop.timers.after(_REVIVE_S, self._revive)
+            return
+        if pid == 0:
+            run_nursery(theirs, self._heritage)
+        theirs.close()
+        ours.setblocking(False)
+        self._sock = ours
+        self._asked = 0
+        self._children.add(pid, lambda status: None)
+        self._loop.add(ours.fileno(), self._readable)
+        self._ask()
+        self._refill_later()
+
+    def _drop_nursery(self) -> None:
+        if self._sock is not None:
+            self._loop.remove(self._sock.fileno())
+            self._sock.close()
+            self._sock = None
+
+    def _refill_later(self) -> None:
+        """Make spares when nothing was started for a moment: forking now would take the starts' processor."""
+        if self._refill is not None:
+            self._refill.cancel()
+        self._refill = self._loop.timers.after(_REFILL_S, self._fill)
+
+    def _fill(self) -> None:
+        self._spares = [shim for shim in self._spares if not shim.channel.closed]
+        self._ask(SPARES - len(self._spares))
+
+    def _ask(self, spares: int = 0) -> None:
+        """Want a shim for each who waits, and `spares` more."""
+        wanted = len(self._waiting) + spares - self._asked
+        if self._sock is None or wanted <= 0:
+            return
+        try:
+            self._asked += self._sock.send(b"+" * wanted)
+        except BlockingIOError:
+            self._refill_later()
+        except OSError as failure:
+            self._log(f"the nursery does not listen: {failure}")  # reading from it tells its end
+
+    def _readable(self, mask: int) -> None:
+        while self._sock is not None:
+            try:
+                data, fds, _, _ = socket.recv_fds(self._sock, ANSWER.size, DESCRIPTORS)
+            except BlockingIOError:
+                return
+            except OSError as failure:
+                self._gone(str(failure))
+                return
+            if len(data) < ANSWER.size:
+                self._gone("end of stream")
+                return
+            self._asked -= 1
+            pid, number = ANSWER.unpack(data)
+            if number:
+                self._failed(OSError(number, os.strerror(number)))
+            else:
+                self._born(pid, fds)
+
+    def _gone(self, reason: str) -> None:
+        self._log(f"the nursery is gone: {reason}")
+        self._drop_nursery()
+        self._failures += 1
+        if self._failures > _ATTEMPTS:
+            self._fail(OSError(0, "the process that forks containers cannot be kept alive"))
+            self._loop.timers.after(_REVIVE_S, self._revive)
+        else:
+            self._revive()
+
+    def _failed(self, failure: OSError) -> None:
+        if self._waiting:
+            self._waiting.pop(0)[1](failure)
+        else:
+            self._log(f"no spare shim: {failure}")
+
+    def _fail(self, failure: OSError) -> None:
+        waiting, self._waiting = self._waiting, []
+        for _, on_failure in waiting:
+            on_failure(failure)
+
+    def _born(self, pid: int, fds: list[int]) -> None:
+        self._failures = 0
+        sock, order = socket.socket(fileno=fds[0]), socket.socket(fileno=fds[1])
+        shim = Shim(
+            self._heritage,
+            pid,
+            Channel(self._loop, sock, lambda message: None, lambda reason: self._spare_gone(shim, reason)),
+            Channel(self._loop, order, lambda message: None, lambda reason: None),
+        )
+        shim.pipes = tuple(fds[2:])
+        self._children.shims[pid] = None
+        if self._waiting:
+            self._waiting.pop(0)[0](shim)
+        else:
+            self._spares.append(shim)
+
+    def _spare_gone(self, shim: Shim, reason: str) -> None:
+        """An idle spare ended, as after a signal from outside; another is made with the next start."""
+        self._log(f"the spare shim {shim.pid} is gone: {reason}")
+        self._children.shims.pop(shim.pid, None)
+        shim.close()
+        shim.signal(signal.SIGKILL)

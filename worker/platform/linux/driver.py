@@ -1,0 +1,177 @@
+"""The Linux driver: what this kernel can enforce, and the plan that enforces a policy."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from schemas.node import Capabilities, NotEnforced
+from schemas.status import Network
+from worker.errors import Configuration
+from worker.platform.base import CloneReport, NetworkPolicy, PathRule, Profile, RuleGroup, SandboxPolicy
+
+from . import gaps, landlock, seccomp, system
+from .clone import clone_tree
+from .enforce import PLAN_VERSION
+from .groups import GROUPS
+from .proc import LinuxProcessTable, allocated_bytes
+from .render import render
+
+# What Landlock restricts at each level: binding, connecting. To deny one port where all others are open
+# would take a rule for each of these, 42 ms at every start.
+_RESTRICTED = {Network.NONE: "bc", Network.LOCALHOST: "bc", Network.OUTBOUND: "b", Network.FULL: ""}
+
+
+class LinuxDriver:
+    """What the kernel has (`abi` of Landlock, system-call `filter`) and the user is, probed unless given."""
+
+    name = "linux"
+
+    def __init__(
+        self, *, abi: int | None = None, filter: bool | None = None, root: bool | None = None
+    ) -> None:
+        self._abi = landlock.abi() if abi is None else abi
+        self._filter = seccomp.supported() if filter is None else filter
+        self._root = os.geteuid() == 0 if root is None else root
+
+    def capabilities(self) -> Capabilities:
+        # Levels that hold at least by port; `not_enforced` says how much less than the contract that is.
+        levels = [
+            *([Network.NONE] if self._filter else []),
+            *([Network.LOCALHOST, Network.OUTBOUND] if self._abi >= 4 else []),
+            Network.FULL,
+        ]
+        return Capabilities(
+            sandbox=self._sandbox(),
+            network=[level.value for level in levels],
+            gpu=["none"],
+            isolation=["process"],
+            clone="reflink or copy",
+            limits=["memory", "cpu_time_limit", "max_files", "ulimits"],
+            not_enforced=gaps.of_machine(self._abi, self._filter),
+        )
+
+    def groups(self) -> Mapping[str, RuleGroup]:
+        return GROUPS
+
+    def not_enforced(self, policy: SandboxPolicy) -> list[NotEnforced]:
+        return gaps.of_policy(policy, self._abi, self._filter)
+
+    def describe(self, policy: SandboxPolicy) -> Profile:
+        missing = self.not_enforced(policy)
+        return Profile(
+            language="landlock+seccomp",
+            text=render(policy, self.plan(policy), self._system(policy), missing),
+            params={"landlock_abi": str(self._abi), "machine": seccomp.machine() or "unknown"},
+            policy=msgspec.to_builtins(policy),
+            not_enforced=missing,
+        )
+
+    def plan(self, policy: SandboxPolicy) -> dict[str, Any]:
+        """See `enforce` for the steps. Configuration when a system folder would expose a denied path."""
+        steps: list[list[Any]] = [["rlimits", _limits(policy)]]
+        if not self._filter:
+            steps.append(["keyring", None])
+        if self._root:
+            steps.append(["groups", None])
+        steps += [["capabilities", None], ["no_new_privs", None], ["dumpable", None]]
+        if self._abi:
+            steps.append(["landlock", self._landlock(policy)])
+        if self._filter:
+            steps.append(["seccomp", self._seccomp(policy)])
+        return {"version": PLAN_VERSION, "platform": self.name, "steps": steps}
+
+    def clone_tree(self, src: Path, dst: Path) -> CloneReport:
+        return clone_tree(src, dst)
+
+    def processes(self) -> LinuxProcessTable:
+        return LinuxProcessTable()
+
+    def allocated_bytes(self) -> int | None:
+        return allocated_bytes()
+
+    def default_path(self) -> str:
+        return system.DEFAULT_PATH
+
+    def search_dirs(self) -> tuple[str, ...]:
+        folders = {os.path.realpath(rule.path) for rule in system.PROGRAMS if os.path.isdir(rule.path)}
+        return tuple(sorted(folders))
+
+    def _sandbox(self) -> str:
+        if self._abi:
+            return f"landlock:{self._abi}"
+        return "seccomp" if self._filter else "none"
+
+    def _system(self, policy: SandboxPolicy) -> list[system.SystemPath]:
+        rules = system.system_paths(policy.groups)
+        for rule in rules:
+            for denied in policy.deny:
+                if denied == rule.path or denied.startswith(rule.path + "/"):
+                    raise Configuration(
+                        f"{denied} lies below {rule.path}, which every container may read ({rule.reason}); "
+                        "it must be moved out of there"
+                    )
+        return rules
+
+    def _landlock(self, policy: SandboxPolicy) -> dict[str, Any]:
+        net = _RESTRICTED.get(policy.network.level, "") if self._abi >= 4 else ""
+        sockets = "s" if policy.network.unix_sockets else ""
+        return {
+            "system": [[rule.path, rule.access] for rule in self._system(policy)],
+            "paths": [[rule.path, _letters(rule, sockets)] for rule in policy.paths],
+            "ports": _ports(policy.network, net),
+            "net": net,
+            "own_proc": True,
+        }
+
+    def _seccomp(self, policy: SandboxPolicy) -> dict[str, Any]:
+        network = policy.network
+        inet = {
+            Network.NONE: "none",
+            Network.LOCALHOST: "udp" if network.udp else "tcp",
+            Network.OUTBOUND: "udp",
+            Network.FULL: "any",
+        }[network.level]
+        return seccomp.Options(
+            inet=inet,
+            unix=bool(network.unix_sockets),
+            fastopen=network.level in (Network.OUTBOUND, Network.FULL),
+            ipc="ipc" in policy.groups,
+            truncate=self._abi >= 3,
+        )._asdict()
+
+
+def _ports(network: NetworkPolicy, net: str) -> list[list[Any]]:
+    """[port, letters] for each port that is open; `net` are the letters that are restricted at all."""
+    if network.level is Network.NONE:
+        return []
+    open_ports: dict[int, str] = {}
+    for letter, ports in (("b", network.bind_ports), ("c", network.connect_ports)):
+        for port in ports if letter in net else ():
+            if port not in network.denied_ports:
+                open_ports[port] = open_ports.get(port, "") + letter
+    return [[port, letters] for port, letters in sorted(open_ports.items())]
+
+
+def _letters(rule: PathRule, sockets: str) -> str:
+    """The letters of `landlock.LETTERS`: those of a `PathRule` are among them."""
+    if rule.origin == "device":
+        return rule.access + "i"
+    return rule.access + sockets if "w" in rule.access else rule.access
+
+
+def _limits(policy: SandboxPolicy) -> list[list[Any]]:
+    """[name, soft, hard, cap] for each; what the spec asks for by name is never quietly lowered."""
+    limits = policy.limits
+    wanted: dict[str, list[Any]] = {
+        "core": ["core", 0, 0, False],
+        "nofile": ["nofile", limits.max_files, limits.max_files, True],
+    }
+    for name, (soft, hard) in limits.ulimits.items():
+        wanted[name] = [name, soft, hard, False]
+    if limits.cpu_time_limit_s is not None:
+        # SIGXCPU at the limit, SIGKILL a second later for a program that ignores it.
+        wanted["cpu"] = ["cpu", limits.cpu_time_limit_s, limits.cpu_time_limit_s + 1, False]
+    return list(wanted.values())

@@ -1,0 +1,114 @@
+"""What this kernel cannot enforce, and why, in words for operators and schedulers."""
+
+from schemas.node import Feature, NotEnforced
+from schemas.status import Network
+from worker.platform.base import SandboxPolicy
+
+# A node without Landlock lets programs see every file of its user. The contract has no name for this yet.
+FILES = Feature("files")
+
+_TCP_ONLY = "Landlock here knows TCP only: UDP, where a level has it, goes to and from any port"
+_NO_FILTER = "this kernel takes no system-call filter"
+_NO_LANDLOCK = "this kernel has no Landlock"
+
+
+def of_machine(abi: int, has_filter: bool) -> list[NotEnforced]:
+    """Everything that falls short at some setting."""
+    found = _always(abi, has_filter)
+    if has_filter:
+        found[Feature.UNIX_SOCKETS] = (
+            "closed unless the spec is granted any, and then every socket that the user may reach is open"
+        )
+        found[Feature.IPC] = "closed, but open to all objects of the user under the groups ipc and shm"
+    if abi < 6 and has_filter:
+        found[Feature.ABSTRACT_SOCKETS] = f"open once unix sockets are granted: {_older(abi, 6)}"
+    found[Feature.NETWORK_LOCALHOST] = _localhost(abi)
+    found[Feature.NETWORK_OUTBOUND] = _outbound(abi)
+    found[Feature.NETWORK_UDP] = _TCP_ONLY
+    return _listed(found)
+
+
+def of_policy(policy: SandboxPolicy, abi: int, has_filter: bool) -> list[NotEnforced]:
+    """What falls short for this very policy."""
+    network = policy.network
+    found = _always(abi, has_filter)
+    if has_filter and network.unix_sockets:
+        found[Feature.UNIX_SOCKETS] = (
+            "a kernel filter cannot tell socket paths apart: all of the user's are open"
+        )
+        if abi < 6:
+            found[Feature.ABSTRACT_SOCKETS] = _older(abi, 6)
+    if {"ipc", "shm"} & set(policy.groups):
+        found[Feature.IPC] = "the groups ipc and shm open these objects to all processes of the user"
+    if network.level is Network.LOCALHOST:
+        found[Feature.NETWORK_LOCALHOST] = _localhost(abi)
+    if network.level is Network.OUTBOUND:
+        found[Feature.NETWORK_OUTBOUND] = _outbound(abi)
+    if network.udp and network.level in (Network.LOCALHOST, Network.OUTBOUND):
+        found[Feature.NETWORK_UDP] = _TCP_ONLY
+    return _listed(found)
+
+
+def _always(abi: int, has_filter: bool) -> dict[Feature, str]:
+    """What no setting of a spec changes."""
+    found: dict[Feature, str] = {}
+    if not has_filter:
+        found[Feature.NETWORK_NONE] = f"{_NO_FILTER}: " + (
+            "only TCP is refused" if abi >= 4 else "nothing is refused"
+        )
+        for feature in (Feature.NETWORK_UDP, Feature.UNIX_SOCKETS, Feature.IPC):
+            found[feature] = _NO_FILTER
+        if abi < 6:
+            found[Feature.ABSTRACT_SOCKETS] = _NO_FILTER
+    if abi == 0:
+        found[FILES] = f"{_NO_LANDLOCK}: programs may read and write whatever the worker's user may"
+        found[Feature.GPU] = f"{_NO_LANDLOCK}: devices of the worker's user are open"
+    found[Feature.FILE_METADATA] = (
+        "Landlock does not cover stat, chmod, utime, extended attributes and inotify: a program can see that "
+        "a file exists anywhere, and change modes and times of files that its user owns"
+    )
+    if abi in (1, 2):
+        found[Feature.FILE_METADATA] += f"; it can empty files that it may only read: {_older(abi, 3)}"
+    if abi < 6:
+        found[Feature.SIGNALS] = f"programs may signal all processes of the worker's user: {_older(abi, 6)}"
+    found[Feature.PROCESSES] = (
+        "other processes' command lines, environment and memory are closed, but not that they exist, nor "
+        "their priority and affinity where the user is the same"
+        if abi
+        else f"{_NO_LANDLOCK}: all that /proc tells is open"
+    )
+    found[Feature.MEMORY] = (
+        "measured a few times a second and answered by a kill; the kernel itself refuses nothing, and memory "
+        "in unmapped memfd files is not counted"
+    )
+    found[Feature.CPU] = "no control group is used; only the CPU time of each process can be limited"
+    found[Feature.PIDS] = (
+        "no control group is used, and the kernel's own limit counts all of the user's processes"
+    )
+    found[Feature.VOLUME_SIZE] = "volumes are folders of the host's file system"
+    return found
+
+
+def _localhost(abi: int) -> str:
+    if abi < 4:
+        return f"TCP is open as under full: {_older(abi, 4)}"
+    return (
+        "ports, but not addresses: the named ports are open on every address, also outwards, and a server "
+        "that never binds may listen on a free port"
+    )
+
+
+def _outbound(abi: int) -> str:
+    if abi < 4:
+        return f"TCP is open as under full: {_older(abi, 4)}"
+    return "connections go to every port of loopback too, the NATS server's and the node's own included"
+
+
+def _older(abi: int, needed: int) -> str:
+    return _NO_LANDLOCK if abi == 0 else f"this kernel's Landlock has ABI {abi}, and that takes {needed}"
+
+
+def _listed(found: dict[Feature, str]) -> list[NotEnforced]:
+    return [
+        NotEnforced(feature=feature, isolation="process", reason=reason) for feature, reason in found.items()
+    ]

@@ -1,0 +1,141 @@
+"""What any program of a Linux host needs of it, as data. Standard library only.
+
+Nothing here is writable but the harmless devices. What is left out, and why:
+
+- the folders of /etc as a whole: it holds password hashes, keys and the configuration of services;
+- /tmp, /var/tmp, /run, /home, /root: a container has its own TMPDIR and HOME;
+- /dev/shm: shared by every process of the user; group `shm`;
+- /dev/pts: other people's terminals are there; group `pty`;
+- /proc as a whole: it tells the command lines of all processes of the host; group `proc`. A program may
+  read its own entry (not its children theirs) and files that describe the machine.
+"""
+
+import os
+from collections.abc import Iterable
+from typing import NamedTuple
+
+DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+class SystemPath(NamedTuple):
+    """`access` is letters of `landlock.LETTERS`."""
+
+    path: str
+    access: str
+    reason: str
+
+
+PROGRAMS = (
+    SystemPath("/usr", "rx", "programs and libraries"),
+    SystemPath("/bin", "rx", "programs"),
+    SystemPath("/sbin", "rx", "programs"),
+    SystemPath("/lib", "rx", "libraries"),
+    SystemPath("/lib32", "rx", "libraries"),
+    SystemPath("/lib64", "rx", "libraries, the loader"),
+    SystemPath("/libx32", "rx", "libraries"),
+    SystemPath("/nix/store", "rx", "programs of NixOS"),
+    SystemPath("/gnu/store", "rx", "programs of Guix"),
+)
+
+# A rule costs each start about 12 µs: what programs do well without is left out.
+_LOADER = ("/etc/ld.so.cache", "/etc/ld.so.conf", "/etc/ld.so.conf.d", "/etc/ld.so.preload")
+_NAMES = (
+    "/etc/passwd",
+    "/etc/group",
+    "/etc/nsswitch.conf",
+    "/etc/hosts",
+    "/etc/host.conf",
+    "/etc/gai.conf",
+    "/etc/resolv.conf",
+    "/etc/services",
+    "/etc/protocols",
+)
+_TRUST = (
+    "/etc/ssl/certs",
+    "/etc/ssl/cert.pem",
+    "/etc/ssl/ca-bundle.pem",
+    "/etc/ssl/openssl.cnf",
+    "/etc/pki/tls/certs",
+    "/etc/pki/tls/cert.pem",
+    "/etc/pki/tls/openssl.cnf",
+    "/etc/pki/ca-trust/extracted",
+    "/etc/crypto-policies",
+)
+_FLAVOUR = (
+    "/etc/localtime",
+    "/etc/timezone",
+    "/etc/locale.conf",
+    "/etc/os-release",
+    "/etc/lsb-release",
+    "/etc/mime.types",
+    "/etc/terminfo",
+    "/etc/fonts",
+)
+_DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
+# Of /proc/sys not the whole: below net and fs are keys that only root may read, and a container can be
+# root.
+_MACHINE = (
+    "/proc/cpuinfo",
+    "/proc/meminfo",
+    "/proc/stat",
+    "/proc/loadavg",
+    "/proc/uptime",
+    "/proc/version",
+    "/proc/filesystems",
+    "/proc/sys/kernel",
+    "/proc/sys/vm",
+    "/proc/sys/net/core/somaxconn",
+    "/proc/sys/crypto/fips_enabled",
+    "/sys/devices/system/cpu",
+    "/sys/devices/system/node",
+    "/sys/kernel/mm/transparent_hugepage",
+)
+SYSTEM = (
+    *PROGRAMS,
+    *(SystemPath(path, "r", "where libraries are") for path in _LOADER),
+    *(SystemPath(path, "r", "names of users, hosts and services") for path in _NAMES),
+    *(SystemPath(path, "r", "whom TLS trusts") for path in _TRUST),
+    *(SystemPath(path, "r", "time zone, language, kind of system") for path in _FLAVOUR),
+    *(SystemPath(path, "rw", "harmless devices") for path in _DEVICES),
+    SystemPath("/dev/tty", "rwi", "the program's own terminal, if it has one"),
+    *(SystemPath(path, "r", "the machine, not its processes") for path in _MACHINE),
+)
+
+_GROUP_PATHS = {
+    "proc": (SystemPath("/proc", "r", "group proc"),),
+    "shm": (SystemPath("/dev/shm", "rw", "group shm"),),
+    "pty": (SystemPath("/dev/ptmx", "rwi", "group pty"), SystemPath("/dev/pts", "rwi", "group pty")),
+    "cgroup": (SystemPath("/sys/fs/cgroup", "r", "group cgroup"),),
+}
+
+
+def system_paths(groups: Iterable[str] = ()) -> list[SystemPath]:
+    """The rules for this host: canonical paths that exist, without those that another already covers.
+
+    `groups` are names of `groups.GROUPS`.
+    """
+    wanted = [*SYSTEM, *(path for group in groups for path in _GROUP_PATHS.get(group, ()))]
+    found: dict[str, SystemPath] = {}
+    for rule in wanted:
+        try:
+            canonical = os.path.realpath(rule.path, strict=True)
+        except OSError:
+            continue  # this host has no such file
+        before = found.get(canonical)
+        access = rule.access if before is None else _union(before.access, rule.access)
+        found[canonical] = SystemPath(canonical, access, rule.reason)
+    return [rule for rule in found.values() if not _covered(rule, found)]
+
+
+def _covered(rule: SystemPath, found: dict[str, SystemPath]) -> bool:
+    folder = os.path.dirname(rule.path)
+    while folder != "/":
+        above = found.get(folder)
+        if above is not None and set(rule.access) <= set(above.access):
+            return True
+        folder = os.path.dirname(folder)
+    return False
+
+
+def _union(one: str, other: str) -> str:
+    return "".join(letter for letter in "rwxsi" if letter in one or letter in other)

@@ -1,0 +1,56 @@
+"""Keeps values that were registered as secret out of every log line."""
+
+import json
+import re
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from urllib.parse import quote
+
+HIDDEN = "[secret]"
+_SHORTEST_LINE = 8
+
+
+class Redactor:
+    """Knows the secrets as they are and as they look when quoted; safe to share between threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._known: Counter[str] = Counter()
+        self._pattern: re.Pattern[str] | None = None
+
+    def add(self, value: str | bytes) -> None:
+        """From now on the value, its lines and its escaped forms are replaced. An empty one counts as none."""
+        with self._lock:
+            self._known.update(_forms(value))
+            self._compile()
+
+    def discard(self, value: str | bytes) -> None:
+        """Once for each `add` of it."""
+        with self._lock:
+            self._known -= Counter(_forms(value))
+            self._compile()
+
+    def scrub(self, text: str) -> str:
+        return text if self._pattern is None else self._pattern.sub(HIDDEN, text)
+
+    def _compile(self) -> None:
+        # The longest first: a secret may begin with another one.
+        forms = sorted(self._known, key=len, reverse=True)
+        self._pattern = re.compile("|".join(map(re.escape, forms))) if forms else None
+
+
+def _forms(value: str | bytes) -> set[str]:
+    text = value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else value
+    return {form for form in _all_forms(text) if form}
+
+
+def _all_forms(text: str) -> Iterator[str]:
+    yield text
+    yield text.strip()
+    yield repr(text)[1:-1]
+    yield json.dumps(text)[1:-1]
+    yield quote(text.encode("utf-8", "surrogateescape"), safe="")
+    lines = text.splitlines()
+    if len(lines) > 1:
+        yield from (line.strip() for line in lines if len(line.strip()) >= _SHORTEST_LINE)
