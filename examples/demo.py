@@ -53,7 +53,7 @@ http.server.ThreadingHTTPServer(("127.0.0.1", int(os.environ["PORT"])), Hello).s
 """
 TALKER = """
 import sys
-sys.stdout.write("".join(f"line {n:06d}\\n" for n in range({lines})))
+sys.stdout.write("".join(f"line {n:06d}\\n" for n in range(LINES)))
 """
 NOSY = """
 import socket
@@ -279,7 +279,7 @@ class Demo:
         async with self.view.step(f"{LINES:,} lines") as told:
             expected = hashlib.sha256("".join(f"line {n:06d}\n" for n in range(LINES)).encode())
             began = time.monotonic()
-            await self.run("talker-0", self.spec(TALKER.format(lines=LINES)))
+            await self.run("talker-0", self.spec(TALKER.replace("LINES", str(LINES))))
             data = await self.output("talker-0")
             took = time.monotonic() - began
             if hashlib.sha256(data).digest() != expected.digest():

@@ -27,6 +27,7 @@ from .commands import (
 from .errors import ContractError, InvalidCommand, Unsupported
 from .events import AnyEvent
 from .spec_load import plain_names
+from .spec_model import ServiceSpec
 from .spec_rules import validate_spec
 from .strict import MAX_COMMAND_BYTES, strict_json, to_struct
 from .values import (
@@ -106,7 +107,7 @@ def strict_decode(
         value["spec"] = plain_names(value["spec"], "spec")
     made = to_struct(value, kind, error=error)
     spec = getattr(made, "spec", None)
-    if spec is not None:
+    if isinstance(spec, ServiceSpec):
         validate_spec(spec)
     return made
 

@@ -219,6 +219,15 @@ class CaptureReader:
         joining = _Joining(self.offset, limit, self._place)
         place = self._place
         for block in segment.blocks(place.mark):
+            if len(block) == MARK.size and joining.kind is None:
+                # A quiet stream: one read since the last look.
+                offset, time_us, length, kind = MARK.unpack(block)
+                if kind == _DATA and offset == place.expected == self.offset and length < limit:
+                    behind = Place(place.mark + MARK.size, place.data + length, offset + length)
+                    times = [(offset, time_us)]
+                    return Span(
+                        offset, length, times, last=True, position=place.data, place=behind, near=place
+                    )
             words = memoryview(block).cast("Q")
             reached = words[-4] + words[-2]
             # Reads that follow one another without anything between them are taken together.
@@ -233,7 +242,7 @@ class CaptureReader:
                 span = joining.piece(piece)
                 if span is not None:
                     return span
-        return joining.span(last=True)
+        return joining.rest(place)
 
     def _pieces(self, block: bytes, place: Place) -> tuple[list[_Piece], Place]:
         """The pieces of a block of marks that begins at `place`, and the place behind it."""
@@ -338,19 +347,26 @@ class _Joining:
                 return self.span(full=True)
         return None
 
-    def span(self, *, end: RunEnd | None = None, full: bool = False, last: bool = False) -> Span | None:
-        if self.kind is None:
-            return None
+    def span(self, *, end: RunEnd | None = None, full: bool = False) -> Span:
+        return self._span(self.place, end=end, full=full)
+
+    def rest(self, behind: Place) -> Span | None:
+        """What there is when no marks are left; `behind` is the place after the last one."""
+        return None if self.kind is None else self._span(behind, last=True)
+
+    def _span(
+        self, place: Place, *, end: RunEnd | None = None, full: bool = False, last: bool = False
+    ) -> Span:
         return Span(
             self.start,
             self.stop - self.start,
             times=self.times,
-            lost=_REASONS.get(self.kind),
+            lost=None if self.kind is None else _REASONS.get(self.kind),
             end=end,
             full=full,
             last=last,
             position=self.position,
-            place=self.place,
+            place=place,
             near=self.near,
         )
 

@@ -16,9 +16,10 @@ import msgspec
 from loguru import logger
 
 from schemas.commands import CONTAINER_VERBS, AnyCommand, Resume
-from schemas.decode import canonical, decode_command
+from schemas.decode import MAX_COMMAND_BYTES, canonical, decode_command
 from schemas.errors import ContractError, InvalidCommand
 from schemas.events import CommandCompleted, CommandRejected
+from schemas.values import check_id
 from worker.container import ContainerActor, write_accepted
 from worker.errors import Conflict, Interrupted, ResourceExhausted
 from worker.journal import EventHead, LedgerEntry, Tx
@@ -76,7 +77,7 @@ class CommandHandler:
         try:
             cid, command = self._decode(delivery)
         except ContractError as failure:
-            self._spawn(self._reject(delivery, failure), "reject")
+            self._spawn(self._reject(delivery, failure, command_id=_id_of(delivery.data)), "reject")
             return
         work = Work(
             command=command,
@@ -272,6 +273,23 @@ class CommandHandler:
         await self._services.journal.transact(
             lambda tx: write_completion(tx, self._services.subjects, work, error=error, status=None)
         )
+
+
+class _Named(msgspec.Struct):
+    id: str
+
+
+_named = msgspec.json.Decoder(_Named)
+
+
+def _id_of(body: bytes) -> str | None:
+    """The id of a command that is refused, where it can be read: its sender waits for it."""
+    if len(body) > MAX_COMMAND_BYTES:
+        return None
+    try:
+        return check_id(_named.decode(body).id)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ContractError):
+        return None
 
 
 def _trace(headers: dict[str, str]) -> dict[str, str] | None:

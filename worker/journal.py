@@ -53,7 +53,7 @@ SWITCH_S = 0.001
 PATIENCE_S = 0.002
 GIVE_WAY_S = 0.002
 GIVE_WAY_IN_COMMIT_S = 0.0005
-LONGEST_PATIENCE_S = 0.032
+LONGEST_PATIENCE_S = 0.016
 SLOW_COMMIT_S = 1.0
 CHECK_BUDGET_S = 0.4
 
@@ -93,7 +93,7 @@ class Journal:
         self._loop = asyncio.get_running_loop()
         self._queue: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
         self._closed: asyncio.Future[None] | None = None
-        self._unanswered = 1  # the opening itself
+        self._urgent: set[asyncio.Future[Any]] = set()  # what is not answered yet
         self._answered = 0
         self._answered_before = 0
         self._watching = False
@@ -158,21 +158,17 @@ class Journal:
         nothing of it happened, and the journal works again when the disk does. Giving up the wait does not
         undo it. `lazy` lets it wait up to 50 ms for a commit that others need anyway: for what may be late.
         """
-        if lazy:
-            return await self._submit(function, writes=True, due=time.monotonic() + LAZY_S)
-        self._watch_over()
-        return await self._submit(function, writes=True, due=0.0)
+        due = time.monotonic() + LAZY_S if lazy else 0.0
+        return await self._submit(function, writes=True, due=due)
 
     async def read(self, function: Callable[[Tx], T]) -> T:
         """Run `function` in the owner thread on what is committed; it must not write."""
-        self._watch_over()
         return await self._submit(function, writes=False, due=0.0)
 
     async def close(self) -> None:
         """Finish what was asked for, mark the file as closed, and end the thread."""
         if self._closed is None:
             self._closed = self._loop.create_future()
-            self._unanswered += 1
             self._queue.put(None)
         await asyncio.shield(self._closed)
 
@@ -180,7 +176,9 @@ class Journal:
         if self._closed is not None:
             raise Unavailable("the journal is closed")
         future: asyncio.Future[T] = self._loop.create_future()
-        self._unanswered += 1
+        if due == 0.0:
+            self._urgent.add(future)
+            self._watch_over()
         self._queue.put(_Work(function, future, writes, due))
         return await future
 
@@ -198,15 +196,14 @@ class Journal:
         thread has come to its commit or to its answer, 2 ms at most, and less often when the disk is slow.
         """
         self._watching = False
-        if not self._unanswered:
-            return
-        if self._answered != self._answered_before:
+        if not self._urgent or self._answered != self._answered_before:
             self._patience_s = PATIENCE_S
         else:
             self._progress.clear()
             self._progress.wait(GIVE_WAY_IN_COMMIT_S if self._in_commit else GIVE_WAY_S)
             self._patience_s = min(self._patience_s * 2, LONGEST_PATIENCE_S)
-        self._watch_over()
+        if self._urgent:
+            self._watch_over()
 
     def _answer(self, answers: list[_Answer], done: _State | None, *, events: bool = False) -> bool:
         """From the owner thread: give answers to the loop in one step. False when the loop is gone."""
@@ -222,9 +219,9 @@ class Journal:
             self.epoch = done.epoch
         if events and self.on_outbox is not None:
             self.on_outbox()
-        self._answered += len(answers)
-        self._unanswered -= len(answers)
+        self._answered += 1
         for future, value, failure in answers:
+            self._urgent.discard(future)
             if future.done():
                 continue
             if failure is None:

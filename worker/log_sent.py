@@ -16,6 +16,7 @@ from pathlib import Path
 
 from loguru import logger
 
+from worker.capture_files import STREAMS
 from worker.log_chunks import REASONS, START, Cut, Position, Resume, What
 
 _RECORD = struct.Struct(
@@ -23,7 +24,8 @@ _RECORD = struct.Struct(
 )  # instance, stream, operation, what, flags, run, offset, length, unix µs
 _SENT, _ACKED, _AT, _TAIL = range(4)
 _EOF, _INCOMPLETE = 1, 2
-_STREAMS = ("stdout", "stderr")
+_STREAM_CODES = {name: code for code, name in enumerate(STREAMS)}
+_REASON_CODES = {reason: code for code, reason in enumerate(REASONS)}
 
 Key = tuple[str, str]
 
@@ -124,7 +126,7 @@ class SentLog:
         for name, stream, operation, what, flags, run, offset, length, time_us in _RECORD.iter_unpack(
             raw[:whole]
         ):
-            key = (name.rstrip(b"\0").decode("ascii", "replace"), _STREAMS[stream & 1])
+            key = (name.rstrip(b"\0").decode("ascii", "replace"), STREAMS[stream & 1])
             flights = found.setdefault(key, Flights())
             if operation in (_AT, _TAIL):
                 position = Position(offset, run)
@@ -225,21 +227,20 @@ class SentLog:
 
 def _pack(key: Key, operation: int, cut: Cut, time_us: int) -> bytes:
     flags = (_EOF if cut.eof else 0) | (_INCOMPLETE if cut.incomplete else 0)
-    what = cut.what << 4 | REASONS.index(cut.reason)
-    instance = key[0].encode("ascii")
-    stream = _STREAMS.index(key[1])
-    return _RECORD.pack(instance, stream, operation, what, flags, cut.run, cut.offset, cut.length, time_us)
+    what = cut.what << 4 | _REASON_CODES[cut.reason]
+    return _RECORD.pack(
+        key[0].encode(),
+        _STREAM_CODES[key[1]],
+        operation,
+        what,
+        flags,
+        cut.run,
+        cut.offset,
+        cut.length,
+        time_us,
+    )
 
 
 def _pack_position(key: Key, operation: int, position: Position) -> bytes:
-    return _RECORD.pack(
-        key[0].encode("ascii"),
-        _STREAMS.index(key[1]),
-        operation,
-        0,
-        0,
-        position.eof_run,
-        position.offset,
-        0,
-        0,
-    )
+    offset, eof_run = position
+    return _RECORD.pack(key[0].encode(), _STREAM_CODES[key[1]], operation, 0, 0, eof_run, offset, 0, 0)

@@ -228,7 +228,7 @@ class LogStream:
 
     def _next_look(self, span: Span, cut: Cut, now: float) -> float | None:
         """At once when more is there; when another 64 KiB may be; else when the launcher tells."""
-        if span.full or cut.eof or not span.last:
+        if span.full or cut.eof or not span.last or self._thorough:
             return 0.0
         quiet_s = now - self._last_sent
         expected_s = ENOUGH_BYTES * quiet_s / cut.length

@@ -166,6 +166,7 @@ class ContainerOperations:
         lacking = unsupported_fields(spec, services.features)
         if lacking:
             raise Unsupported(f"this node cannot honour spec.{lacking[0]}", field=f"spec.{lacking[0]}")
+        services.check_platform(spec)
         services.check_slots()
         services.check_image(spec.image.name)
         image = await services.images.pull(spec.image.name, spec.image.pull_policy, None)

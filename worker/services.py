@@ -16,9 +16,9 @@ from schemas.status import ContainerStatus, Stats
 from schemas.subjects import Subjects
 from worker.config import Config
 from worker.datadir import ContainerDirs, DataDir
-from worker.errors import CreateFailed, PolicyDenied, PullFailed, ResourceExhausted
+from worker.errors import CreateFailed, PolicyDenied, PullFailed, ResourceExhausted, Unsupported
 from worker.ids import new_ulid
-from worker.images.model import ImageConfig
+from worker.images.model import ImageConfig, oci_platform
 from worker.images.store import ImageStore
 from worker.images.trees import remove_tree
 from worker.journal import Journal
@@ -100,6 +100,18 @@ class Services:
 
     def check_image(self, name: str) -> None:
         check_image(name, self.config)
+
+    def check_platform(self, spec: ServiceSpec) -> None:
+        """Raises Unsupported for a spec that asks for another system or processor."""
+        if spec.platform is None:
+            return
+        system, arch = oci_platform()
+        here = ("macos" if system == "darwin" else system, arch)
+        if (spec.platform.os.value, spec.platform.arch.value) != here:
+            raise Unsupported(
+                f"this node is {'/'.join(here)}, not {spec.platform.os}/{spec.platform.arch}",
+                field="spec.platform",
+            )
 
     def check_slots(self) -> None:
         """Raises ResourceExhausted when the node may hold no more containers."""

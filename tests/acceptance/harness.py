@@ -26,7 +26,7 @@ from nats.js.api import ConsumerConfig, DeliverPolicy
 
 P = "sandfleet.v1"
 BIN = Path(sys.executable).parent
-DEADLINE_S = 20.0
+DEADLINE_S = 15.0
 
 
 def new_id() -> str:

@@ -121,7 +121,7 @@ async def test_require_what_is_not_enforced(fleet: Fleet, cid: str) -> None:
     spec = shell("true", sandbox={"require": [lacking[0]["feature"]]})
     done = await fleet.client.do(cid, "create", spec=spec)
     assert not done["ok"]
-    assert done["error"]["field"] == "spec.sandbox.require"
+    assert done["error"]["field"] == "spec.sandbox.require[0]"
 
 
 @pytest.mark.parametrize(

@@ -59,9 +59,10 @@ async def inside(fleet: Fleet, cid: str, code: str, **spec: Any) -> str:
         "sandbox": {"read": [PREFIX], **spec.pop("sandbox", {})},
         **spec,
     }
-    await fleet.client.ok(cid, "run", spec=body)
-    log = await fleet.client.log(cid)
-    errors = await fleet.client.log(cid, "stderr")
+    done = await fleet.client.ok(cid, "run", spec=body)
+    instance = done["result"]["instance"]
+    log = await fleet.client.log(cid, instance=instance)
+    errors = await fleet.client.log(cid, "stderr", instance=instance)
     await fleet.client.ok(cid, "remove")
     return (log.data + errors.data).decode()
 

@@ -9,7 +9,7 @@ from tests.acceptance.harness import Fleet, P, alive, new_id, shell
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-SLEEP = shell("sleep 600")
+SLEEP = shell("exec sleep 600")
 STUBBORN = shell("trap '' TERM; echo ready; while :; do sleep 1; done")
 VERBS = ("create", "run", "start", "stop", "kill", "restart", "remove")
 

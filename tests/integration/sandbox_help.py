@@ -101,11 +101,12 @@ def attempt(
     *,
     setup: str = "",
     argv: list[str] | None = None,
+    driver: LinuxDriver | None = None,
 ) -> Outcome:
-    """Do it confined by `policy`, or, with None, free."""
+    """Do it confined by `policy`, or, with None, free. `driver` makes the plan in the place of this kernel's."""
     names = f"top, rootfs, tmp, readable, outside = {[str(p) for p in place[:5]]!r}\n"
     task = {
-        "plan": None if policy is None else place.driver().plan(policy),
+        "plan": None if policy is None else (driver or place.driver()).plan(policy),
         "uid": place.uid,
         "setup": names + setup,
         "code": code,

@@ -134,7 +134,7 @@ async def test_queries_and_their_errors(fleet: FleetClient, node: FakeNode) -> N
     assert caught.value.field == "container"
     with pytest.raises(NoResponders, match="node pc does not answer"):
         await fleet.info("pc")
-    with pytest.raises(Exception, match="no query nope"):
+    with pytest.raises(Exception, match="no query 'nope'"):
         await fleet.query("mac", "nope", None, NodeInfo)
 
 

@@ -11,6 +11,7 @@ import pytest
 
 from tests.integration.sandbox_help import Place, attempt, make_helper, make_place, needs_sandbox
 from worker.platform.base import PathRule
+from worker.platform.linux.driver import LinuxDriver
 
 __all__ = ["make_helper", "make_place"]
 
@@ -131,3 +132,56 @@ def test_a_path_that_became_a_link_is_not_followed(place: Place) -> None:
     plan = place.driver().plan(policy)
     done = attempt(place, "", None, setup=f"plan = {plan!r}\n" + setup)
     assert done.errno == 0, done
+
+
+@pytest.mark.parametrize(("abi", "has_filter"), [(0, False), (0, True), (3, False), (5, True)])
+def test_a_plan_for_a_kernel_that_has_less_still_runs(place: Place, abi: int, has_filter: bool) -> None:
+    driver = LinuxDriver(abi=abi, filter=has_filter, root=place.root)
+    done = attempt(place, "open(rootfs + '/file').read()", place.policy(), driver=driver)
+    assert done.errno == 0, done
+    seen = attempt(place, "open(outside + '/file').read()", place.policy(), driver=driver)
+    assert seen.errno == (errno.EACCES if abi else 0), seen
+
+
+AHEAD = "enforce.settle(); enforce.ahead(); assert enforce._ahead and '/proc/meminfo' in enforce._held\n"
+
+
+def test_a_ruleset_made_ahead_is_as_tight(place: Place) -> None:
+    system = dict(place.driver().plan(place.policy())["steps"])["landlock"]["system"]
+    check = f"assert enforce._take_ahead({tuple(map(tuple, system))!r}) is not None\n"
+    used = attempt(place, "", None, setup=AHEAD + check)
+    assert used.errno == 0, used.error
+    for what in ("read a file outside", "rename a file out", "list all processes", "open a device"):
+        code, refusal = FILES[what]
+        assert attempt(place, code, place.policy(), setup=AHEAD).errno == refusal, what
+    allowed = "open(rootfs + '/new', 'w').write('x'); open('/proc/self/status').read(); os.listdir('/usr')"
+    assert attempt(place, allowed, place.policy(), setup=AHEAD).errno == 0
+
+
+def test_a_ruleset_made_ahead_for_other_paths_is_not_used(place: Place) -> None:
+    other = (
+        "os.chmod(top, 0o755); enforce.settle()\n"
+        "enforce.system._known.clear()\n"
+        "enforce.system.SYSTEM += (enforce.system.SystemPath(top, 'r', ''),)\n"
+        "enforce.ahead()\n"
+        "assert (top, 'r') in enforce._paths(enforce._ahead.system)\n"
+    )
+    assert attempt(place, "open(outside + '/file')", place.policy(), setup=other).errno == errno.EACCES
+
+
+def test_a_ruleset_made_ahead_is_not_for_forks(place: Place) -> None:
+    """Or two containers would share it, and each be let into the other's folders."""
+    code = "assert enforce._take_ahead(enforce._paths(enforce._ahead.system)) is None"
+    done = attempt(place, code, None, setup=AHEAD)
+    assert done.errno == 0, done.error
+
+
+def test_a_ruleset_made_ahead_of_a_change_is_not_used(place: Place) -> None:
+    """A file of /etc that was replaced since is another: the old rule would not let it be read."""
+    setup = (
+        AHEAD + "found = enforce._ahead.system\n"
+        "enforce._ahead = enforce._ahead._replace(system=found._replace(stamps=(0,) * len(found.stamps)))\n"
+        "assert enforce._take_ahead(enforce._paths(found)) is None and enforce._ahead is None"
+    )
+    done = attempt(place, "open('/etc/passwd').read()", place.policy(), setup=setup)
+    assert done.errno == 0, done.error

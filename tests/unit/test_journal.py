@@ -174,7 +174,7 @@ async def test_who_gives_up_opening_leaves_nothing_open(tmp_path: Path) -> None:
     with pytest.raises(asyncio.CancelledError):
         await opening
     async with asyncio.timeout(10):
-        while any(thread.name == "journal" for thread in threading.enumerate()):
+        while any(thread.name == "journal" for thread in threading.enumerate()):  # noqa: ASYNC110
             await asyncio.sleep(0.01)
     assert [path.name for path in tmp_path.iterdir()] == ["worker.db"]
 
@@ -328,3 +328,38 @@ def _steps(steps: list[Step], label: str, ending: str) -> Callable[[Tx], None]:
             raise Oops("on purpose")
 
     return function
+
+
+async def test_a_busy_loop_does_not_starve_the_thread(journal: Journal) -> None:
+    """Short callbacks without end kept a transaction waiting for seconds before the loop gave way."""
+    busy = True
+
+    async def spin() -> None:
+        while busy:
+            sum(range(5000))
+            await asyncio.sleep(0)
+
+    spinning = asyncio.ensure_future(spin())
+    try:
+        async with asyncio.timeout(20):
+            for _ in range(100):
+                await journal.transact(say)
+    finally:
+        busy = False
+        await spinning
+
+
+async def test_the_loop_gives_way_to_urgent_work_only(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits: list[float] = []
+    monkeypatch.setattr(journal._progress, "wait", waits.append)
+    await asyncio.gather(*(journal.transact(lambda tx: tx.put_meta("k", 1), lazy=True) for _ in range(3)))
+    assert waits == []
+    release = threading.Event()
+    reading = asyncio.ensure_future(journal.read(lambda tx: release.wait(10)))
+    async with asyncio.timeout(10):
+        while len(waits) < 3:  # noqa: ASYNC110 (the event is what the test has taken away)
+            await asyncio.sleep(0.001)
+    release.set()
+    await reading

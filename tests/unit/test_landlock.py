@@ -2,14 +2,13 @@
 
 import errno
 import os
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from worker.platform.linux import landlock, libc
-from worker.platform.linux.landlock import FS_RIGHTS, LETTERS, Ruleset, access_mask, handled_fs, ruleset_attr
+from worker.platform.linux.landlock import FS_RIGHTS, LETTERS, access_mask, handled_fs
 
 ABI = landlock.abi()
 needs_landlock = pytest.mark.skipif(ABI == 0, reason="this kernel has no Landlock")
@@ -25,17 +24,6 @@ REFER, TRUNCATE, IOCTL_DEV = 1 << 13, 1 << 14, 1 << 15
 )
 def test_every_right_of_an_abi_is_handled(version: int, rights: int) -> None:
     assert handled_fs(version) == rights
-
-
-@pytest.mark.parametrize(("version", "length"), [(1, 8), (2, 8), (3, 8), (4, 16), (5, 16), (6, 24), (7, 24)])
-def test_the_attribute_is_as_long_as_the_abi_knows_it(version: int, length: int) -> None:
-    assert len(ruleset_attr(version, "bc")) == length
-
-
-def test_the_attribute_names_what_is_restricted() -> None:
-    assert struct.unpack("=QQQ", ruleset_attr(7, "bc")) == (0xFFFF, 3, 3)
-    assert struct.unpack("=QQQ", ruleset_attr(6, "b")) == (0xFFFF, 1, 3)
-    assert struct.unpack("=QQ", ruleset_attr(4, "")) == (0x7FFF, 0)
 
 
 def test_masks() -> None:
@@ -62,37 +50,39 @@ def rulesets() -> Iterator[list[int]]:
         os.close(fd)
 
 
-def rules(**changes: object) -> Ruleset:
-    return Ruleset(system=[], paths=[], ports=[], net="bc")._replace(**changes)  # type: ignore[arg-type]
-
-
 @needs_landlock
 @pytest.mark.parametrize("version", range(1, ABI + 1))
 def test_the_kernel_takes_the_rules_of_every_abi_up_to_its_own(
     version: int, tmp_path: Path, rulesets: list[int]
 ) -> None:
     (tmp_path / "file").touch()
-    wanted = rules(
-        system=[("/usr", "rx"), ("/dev/null", "rwi"), ("/no/such/place", "r")],
-        paths=[(str(tmp_path), "rwxs"), (str(tmp_path / "file"), "rwx")],
-        ports=[(80, "bc"), (443, "c")],
-    )
-    rulesets.append(landlock.build(wanted, version))
-    assert not os.get_inheritable(rulesets[0])
+    files = landlock.file_rules(version)
+    rulesets.append(files)
+    assert not os.get_inheritable(files)
+    system = [("/usr", "rx"), ("/dev/null", "rwi"), ("/no/such/place", "r")]
+    landlock.allow_paths(files, system, version, missing_ok=True)
+    landlock.allow_paths(files, [(str(tmp_path), "rwxs"), (str(tmp_path / "file"), "rwx")], version)
+    if version >= 4:
+        rulesets.append(landlock.port_rules("bc", [(80, "bc"), (443, "c")]))
 
 
 @needs_landlock
-def test_a_path_that_is_missing_is_named(tmp_path: Path) -> None:
+def test_a_path_that_is_missing_is_named(tmp_path: Path, rulesets: list[int]) -> None:
+    rulesets.append(landlock.file_rules(ABI))
     with pytest.raises(FileNotFoundError) as caught:
-        landlock.build(rules(paths=[(f"{tmp_path}/none", "r")]), ABI)
+        landlock.allow_paths(rulesets[0], [(f"{tmp_path}/none", "r")], ABI)
     assert caught.value.filename == f"{tmp_path}/none"
 
 
 @needs_landlock
-def test_no_descriptor_is_left_open_by_a_failure(tmp_path: Path) -> None:
+def test_no_descriptor_is_left_open_by_a_failure(tmp_path: Path, rulesets: list[int]) -> None:
+    rulesets.append(landlock.file_rules(ABI))
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(FileNotFoundError):
-        landlock.build(rules(system=[("/usr", "r")], paths=[(f"{tmp_path}/none", "r")]), ABI)
+        landlock.allow_paths(rulesets[0], [("/usr", "r"), (f"{tmp_path}/none", "r")], ABI)
+    if ABI >= 4:
+        with pytest.raises(OSError, match="Invalid argument"):
+            landlock.port_rules("b", [(80, "c")])
     assert len(os.listdir("/proc/self/fd")) == before
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -187,7 +188,7 @@ def test_groups_open_what_they_name() -> None:
 
 
 def test_system_paths_are_canonical_and_no_secrets() -> None:
-    found = system.system_paths()
+    found = system.system().rules
     paths = [rule.path for rule in found]
     assert len(set(paths)) == len(paths)
     for path in (
@@ -207,6 +208,43 @@ def test_system_paths_are_canonical_and_no_secrets() -> None:
     assert {rule.access for rule in found if rule.path.startswith("/usr")} == {"rx"}
     for rule in found:
         assert "w" not in rule.access or rule.path.startswith("/dev/")
+
+
+def test_only_public_files_are_handed_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker that is root could read more than everybody may."""
+    monkeypatch.setattr(system, "_known", {})
+    monkeypatch.setattr(system, "SYSTEM", (system.SystemPath(f"{tmp_path}/conf*", "r", "settings"),))
+    for name, mode in (("conf-open", 0o644), ("conf-closed", 0o600)):
+        (tmp_path / name).touch(mode)
+    assert [rule.path for rule in system.system().rules] == [os.path.realpath(tmp_path / "conf-open")]
+
+
+def test_the_system_is_looked_at_again_when_a_folder_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(system, "_known", {})
+    monkeypatch.setattr(system, "SYSTEM", (system.SystemPath(f"{tmp_path}/conf*", "r", "settings"),))
+    (tmp_path / "conf-1").touch(0o644)
+    first = system.system()
+    assert system.system() is first
+    assert not first.stale()
+    os.utime(tmp_path, ns=(1, 1))
+    assert first.stale()
+    (tmp_path / "conf-2").touch(0o644)
+    assert len(system.system().rules) == 2
+
+
+def test_a_rule_below_another_is_left_out_unless_it_gives_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    top = os.path.realpath(tmp_path)
+    os.chmod(top, 0o755)
+    for name in ("inner", "wider"):
+        (tmp_path / name).mkdir(mode=0o755)
+    wanted = [(top, "rx"), (f"{top}/inner", "r"), (f"{top}/wider", "rw"), (f"{top}/inner", "x")]
+    monkeypatch.setattr(system, "_known", {})
+    monkeypatch.setattr(system, "SYSTEM", tuple(system.SystemPath(p, a, "") for p, a in wanted))
+    assert {rule.path: rule.access for rule in system.system().rules} == {top: "rx", f"{top}/wider": "rw"}
 
 
 def test_a_data_directory_below_a_system_folder_is_refused() -> None:
@@ -284,7 +322,7 @@ def test_prepare_leaves_nothing_open_but_the_ruleset() -> None:
     enforce.prepare(plan).close()  # the descriptors held for /proc stay
     before = len(os.listdir("/proc/self/fd"))
     prepared = enforce.prepare(plan)
-    assert len(os.listdir("/proc/self/fd")) == before + 1
+    assert len(os.listdir("/proc/self/fd")) == before + len(prepared.rulesets)
     prepared.close()
     assert len(os.listdir("/proc/self/fd")) == before
 

@@ -33,6 +33,7 @@ SUBJECTS = {"stdout": "P.log.n.web-0.stdout", "stderr": "P.log.n.web-0.stderr"}
 def make_stream(folder: Path, run: int = 1) -> LogStream:
     stream = LogSource("web-0", INSTANCE, folder, run, SUBJECTS).streams["stdout"]
     stream.locate(Position(0, 0), None, 0, sure=True)
+    assert stream.next(0.0) == (None, None)
     return stream
 
 

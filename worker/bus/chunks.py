@@ -24,7 +24,8 @@ from worker.log_chunks import INSTANCE, MESSAGE_ID, OFFSET
 
 WINDOW_BYTES = 8 * 1024 * 1024
 WINDOW_MESSAGES = 64
-ACK_TIMEOUT_S = 10.0
+ACK_TIMEOUT_S = 3.0  # a leader that steps down takes what it was sent with it
+LONGEST_ACK_TIMEOUT_S = 20.0
 RETRY_S = 0.1
 LONGEST_RETRY_S = 5.0
 REPORT_EVERY_S = 30.0
@@ -191,12 +192,12 @@ class ChunkPublisher:
 
     async def _until_stored(self, subject: str, data: bytes, headers: Headers) -> PubAck:
         loop = asyncio.get_running_loop()
-        pause = RETRY_S
+        pause, patience = RETRY_S, self._ack_timeout_s
         plain_loss = True  # nothing but lost connections has kept it from being stored
         while True:
             sent = loop.time()
             try:
-                return await self._once(subject, data, headers)
+                return await self._once(subject, data, headers, patience)
             except NotConnected:
                 # All wait for the same thing and go on in the order in which they came: no pause.
                 await self._bus.wait_connected()
@@ -211,6 +212,8 @@ class ChunkPublisher:
             except Unavailable as failure:
                 plain_loss = False
                 self._tell(subject, failure)
+                if isinstance(failure, NoAnswer):
+                    patience = min(patience * 2, LONGEST_ACK_TIMEOUT_S)
             self.retries += 1
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(pause * 2, LONGEST_RETRY_S)
@@ -225,11 +228,11 @@ class ChunkPublisher:
             return None
         return PubAck(self.stream, last.stream_seq, duplicate=True)
 
-    async def _once(self, subject: str, data: bytes, headers: Headers) -> PubAck:
+    async def _once(self, subject: str, data: bytes, headers: Headers, patience_s: float) -> PubAck:
         token, reply = self._bus.expect()
         try:
             await self._bus.publish(subject, data, headers, reply=self._bus.reply_subject(token))
-            async with asyncio.timeout(self._ack_timeout_s):
+            async with asyncio.timeout(patience_s):
                 message = await reply
         except TimeoutError:
             raise NoAnswer(f"no acknowledgement for {subject}") from None

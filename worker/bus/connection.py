@@ -264,6 +264,7 @@ class Bus:
     async def _first_connect(self, *, retry: bool) -> None:
         pause = FIRST_RETRY_S
         told = False
+        give_up = _cancellations()
         while True:
             try:
                 await self._probe_all()
@@ -275,6 +276,8 @@ class Bus:
                 if not told:
                     logger.warning("no NATS server yet ({}); waiting and trying again", refused.message)
                     told = True
+                if _cancellations() > give_up:
+                    raise asyncio.CancelledError from None
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(pause * 2, LONGEST_RETRY_S)
 
@@ -368,7 +371,7 @@ class Bus:
             )
 
     async def _keep(self) -> None:
-        while True:
+        while not self._closing:
             await self._broken.wait()
             logger.warning("the connection to {} broke; reconnecting", self.url)
             await self._reconnect()
@@ -384,7 +387,8 @@ class Bus:
                 await self._open(server)
                 return
             except Exception as error:  # whatever it is, a worker goes on trying
-                self._client = None
+                if self._closing:
+                    raise asyncio.CancelledError from None
                 if loop.time() - told > REPORT_EVERY_S:
                     told = loop.time()
                     logger.warning("still no connection to {}: {}; trying again", server.url, describe(error))
@@ -470,3 +474,11 @@ def _connect_error(server: Server, failure: ConnectFailed) -> Configuration | Re
     if isinstance(failure.__cause__, ssl.SSLError | nats_errors.SecureConnWantedError):
         return Configuration(f"no TLS connection to {server.url}: {why}", field="nats.tls")
     return Refused(f"{server.url}: {why}")
+
+
+def _cancellations() -> int:
+    """How often this task was asked to end. asyncio.wait_for of Python 3.11, which nats-py uses, gives the
+    exception of what it waits for instead of a cancellation that comes at the same time.
+    """
+    task = asyncio.current_task()
+    return task.cancelling() if task is not None else 0

@@ -34,7 +34,8 @@ READ_EVENTS = 1000
 READ_BYTES = 4 * 1024 * 1024
 KEEP = timedelta(minutes=10)
 EXPIRE_EVERY_S = 60.0
-ACK_TIMEOUT_S = 10.0
+ACK_TIMEOUT_S = 2.0  # a leader that steps down takes what it was sent with it
+LONGEST_ACK_TIMEOUT_S = 15.0
 RETRY_S = 0.02
 LONGEST_RETRY_S = 5.0
 REPORT_EVERY_S = 30.0
@@ -104,6 +105,7 @@ class OutboxPublisher:
         self._created = ""
         self._verified = -1  # the session of the connection in which the stream was looked at
         self._atomic = True
+        self._ack_timeout_s = ACK_TIMEOUT_S
         self._work = asyncio.Event()
         self._rows: deque[OutboxRow] = deque()
         self._progress = asyncio.Condition()
@@ -197,7 +199,7 @@ class OutboxPublisher:
                     await self._wait_for_work(expire_at)
                     continue
                 await self._send()
-                failures = 0
+                failures, self._ack_timeout_s = 0, ACK_TIMEOUT_S
             except Unavailable as failure:
                 failures += 1
                 await self._after(failure, failures)
@@ -213,6 +215,8 @@ class OutboxPublisher:
             logger.warning("the stream {} has no atomic batches: events go one by one", self.stream)
             self._atomic = False
             return
+        if isinstance(failure, NoAnswer):
+            self._ack_timeout_s = min(self._ack_timeout_s * 2, LONGEST_ACK_TIMEOUT_S)
         unstored = isinstance(failure, JetStreamError) and failure.err_code in (
             JetStreamError.ATOMIC_INCOMPLETE,
             JetStreamError.ATOMIC_TOO_MANY,
@@ -276,7 +280,7 @@ class OutboxPublisher:
 
     async def _publish(self, row: OutboxRow) -> PubAck:
         headers = {**(row.headers or {}), **self._expectation()}
-        return await self._bus.js.publish(row.subject, row.payload, headers, timeout=ACK_TIMEOUT_S)
+        return await self._bus.js.publish(row.subject, row.payload, headers, timeout=self._ack_timeout_s)
 
     async def _publish_batch(self, rows: list[OutboxRow]) -> PubAck:
         """Written at once; only the commit is answered."""
@@ -293,7 +297,7 @@ class OutboxPublisher:
                 headers[BATCH_COMMIT] = "1"
                 answer_to = self._bus.reply_subject(token)
                 await self._bus.publish(row.subject, row.payload, headers, reply=answer_to)
-            async with asyncio.timeout(ACK_TIMEOUT_S):
+            async with asyncio.timeout(self._ack_timeout_s):
                 message = await reply
         except TimeoutError:
             raise NoAnswer("no acknowledgement for a batch of events") from None

@@ -28,37 +28,42 @@ def node_permissions(
     pools: tuple[str, ...] = (),
     domain: str | None = None,
 ) -> Permissions:
-    """All that a worker of `node` may publish and subscribe to, and all that it needs."""
+    """All that a worker of `node` may publish and subscribe to, and all that it needs.
+
+    With a `domain` each JetStream subject stands there twice: a server of that domain rewrites the prefix before
+    it checks, a leaf node before it does not.
+    """
     of = subjects or Subjects()
     names = names or StreamNames()
-    api = f"$JS.{domain}.API" if domain else "$JS.API"
-    kv = f"{api}.$KV" if domain else "$KV"
-    # With a domain the server puts the domain and the account's hash before the stream's name.
-    ack = f"$JS.ACK.{domain}.*" if domain else "$JS.ACK"
     cmd, evt, log, jobs = names.commands, names.events, names.logs, names.jobs
-    publish = [
-        f"{api}.CONSUMER.CREATE.{cmd}.{node}.{of.commands_of(node)}",
-        f"{api}.CONSUMER.DELETE.{cmd}.{node}",
-        f"{api}.CONSUMER.INFO.{cmd}.{node}",
-        f"{api}.CONSUMER.MSG.NEXT.{cmd}.{node}",
-        f"{ack}.{cmd}.{node}.>",
-        f"{api}.STREAM.INFO.{evt}",
-        f"{api}.STREAM.INFO.{log}",
-        f"{api}.DIRECT.GET.{evt}.{of.events_of(node)}",
-        f"{api}.DIRECT.GET.{log}.{of.logs_of(node)}",
-        f"{kv}.{names.nodes_bucket}.{node}",
+    calls = [
+        f"CONSUMER.CREATE.{cmd}.{node}.{of.commands_of(node)}",
+        f"CONSUMER.DELETE.{cmd}.{node}",
+        f"CONSUMER.INFO.{cmd}.{node}",
+        f"CONSUMER.MSG.NEXT.{cmd}.{node}",
+        f"STREAM.INFO.{evt}",
+        f"STREAM.INFO.{log}",
+        f"DIRECT.GET.{evt}.{of.events_of(node)}",
+        f"DIRECT.GET.{log}.{of.logs_of(node)}",
+    ]
+    acks = [f"{cmd}.{node}.>"]
+    for pool in pools:
+        calls += [f"CONSUMER.INFO.{jobs}.{pool}", f"CONSUMER.MSG.NEXT.{jobs}.{pool}"]
+        acks.append(f"{jobs}.{pool}.>")
+    key = f"$KV.{names.nodes_bucket}.{node}"
+    publish = [*(f"$JS.API.{call}" for call in calls), *(f"$JS.ACK.{ack}" for ack in acks), key]
+    if domain:
+        publish += [f"$JS.{domain}.API.{call}" for call in calls]
+        # The account's hash stands before the stream's name.
+        publish += [f"$JS.ACK.{domain}.*.{ack}" for ack in acks]
+        publish.append(f"$JS.{domain}.API.{key}")
+    publish += [
         of.events_of(node),
         of.logs_of(node),
         of.stats_of(node),
         of.progress_of(node),
         f"{of.prefix}.exec.{node}.*.out",
     ]
-    for pool in pools:
-        publish += [
-            f"{api}.CONSUMER.INFO.{jobs}.{pool}",
-            f"{api}.CONSUMER.MSG.NEXT.{jobs}.{pool}",
-            f"{ack}.{jobs}.{pool}.>",
-        ]
     subscribe = [of.rpc_of(node), of.exec_in_of(node), "$SRV.>", f"_INBOX_{node}.>"]
     return Permissions(tuple(publish), tuple(subscribe))
 

@@ -22,6 +22,7 @@ import msgspec
 from loguru import logger
 
 from worker.bus.connection import Bus
+from worker.bus.failures import NotConnected
 from worker.bus.messages import Message, StreamMessage, parse_ack
 from worker.bus.subscription import Subscription
 from worker.errors import Unavailable
@@ -194,7 +195,7 @@ class StreamReader:
     # -- the consumer
 
     async def _start(self) -> None:
-        """Make a consumer at the cursor; the first one may fail, a later one is tried for ever."""
+        """Make a consumer at the cursor; an error of the first is raised, a later one is tried for ever."""
         if self._lost:
             logger.debug("reading {} again from {}: {}", self.stream, self.cursor, self._lost)
         while not self._closed:
@@ -205,7 +206,7 @@ class StreamReader:
                 await self._create()
                 return
             except Unavailable as failure:
-                if first:
+                if first and not isinstance(failure, NotConnected):
                     raise
                 self._lost = failure.message
             await asyncio.sleep(RETRY_S)

@@ -55,6 +55,7 @@ class EmbeddedServer:
         config: Path | None = None,
         name: str | None = None,
         jetstream: bool = True,
+        domain: str | None = None,
     ) -> None:
         self.store_dir = store_dir
         self.host = host
@@ -64,6 +65,7 @@ class EmbeddedServer:
         self._config = config
         self._name = name
         self._jetstream = jetstream
+        self._domain = domain
         self._owner: int | None = None
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -195,7 +197,8 @@ class EmbeddedServer:
         if self._name is not None:
             lines.append(f"server_name: {quoted(self._name)}")
         if self._jetstream:
-            lines.append(f"jetstream {{ store_dir: {quoted(str(self.store_dir))} }}")
+            domain = f", domain: {quoted(self._domain)}" if self._domain is not None else ""
+            lines.append(f"jetstream {{ store_dir: {quoted(str(self.store_dir))}{domain} }}")
         if self._token is not None:
             lines.append(f"authorization {{ token: {quoted(self._token)} }}")
         path = self.store_dir / _CONFIG

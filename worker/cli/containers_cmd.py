@@ -218,7 +218,8 @@ def _rows(
     rows.append(("run", f"{detail.run}" + (f", {detail.restarts} restarts" if detail.restarts else "")))
     rows.append(("instance", detail.instance))
     rows += [(f"label {name}", value) for name, value in sorted(detail.labels.items())]
-    rows += [("not enforced", Cell(f"{one.feature}: {one.reason}", "warn")) for one in not_enforced]
+    gaps = ", ".join(str(one.feature) for one in not_enforced)
+    rows.append(("not enforced", f"{gaps} (sandfleet profile show says why)" if gaps else None))
     return [(name, value) for name, value in rows if value]
 
 

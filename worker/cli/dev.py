@@ -209,7 +209,8 @@ class _Dev:
             return
         if not live:
             return
-        self._out.note(f"\nstopping {', '.join(live)} (Ctrl-C again to kill)", "warn")
+        self._out.break_line()
+        self._out.note(f"stopping {', '.join(live)} (Ctrl-C again to kill)", "warn")
         stopping = asyncio.gather(
             *(fleet.command(node, cid, Stop(id=new_id()), check=False) for cid in live),
             return_exceptions=True,

@@ -135,7 +135,7 @@ async def verb_info(context: Context, args: Namespace) -> int:
         out.line(out.paint("\nNot enforced here", "warn"))
         for lack in capabilities.not_enforced:
             where = f" ({lack.isolation})" if lack.isolation else ""
-            out.line(f"  {lack.feature}{where}: {lack.reason}")
+            out.hanging("  ", f"{lack.feature}{where}: {lack.reason}")
     return OK
 
 

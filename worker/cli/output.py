@@ -10,6 +10,7 @@ import asyncio
 import json
 import shutil
 import sys
+import textwrap
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Column:
-    """`keep`: never shortened, however narrow the terminal; `right`: a number."""
+    """`keep`: shortened only when nothing else is left to shorten; `right`: a number, never shortened."""
 
     title: str
     right: bool = False
@@ -120,8 +121,22 @@ class Output:
         kept = [(name, _cell(value)) for name, value in rows]
         width = max((len(name) for name, _ in kept), default=0) + 2
         for name, value in kept:
-            text = paint(clean(value.text), value.style, self.colour)
-            self.line(f"{paint(name.ljust(width), 'dim', self.colour)}{text}")
+            self.hanging(name.ljust(width), clean(value.text), style=value.style)
+
+    def hanging(self, lead: str, text: str, *, style: Style = "") -> None:
+        """A text beside its name; on a terminal its further lines stand below the first."""
+        lines = [text]
+        if self.terminal:
+            room = max(20, terminal_width() - len(lead))
+            lines = textwrap.wrap(text, room, break_on_hyphens=False) or [""]
+        for number, line in enumerate(lines):
+            head = lead if number == 0 else " " * len(lead)
+            self.line(f"{paint(head, 'dim', self.colour)}{paint(line, style, self.colour)}".rstrip())
+
+    def break_line(self) -> None:
+        """After a Ctrl-C the terminal shows `^C`: what follows begins on a line of its own."""
+        if is_terminal(self.stderr):
+            print(file=self.stderr)
 
     @asynccontextmanager
     async def busy(self, text: str) -> AsyncIterator["Busy"]:
@@ -178,16 +193,15 @@ def encode(value: Any) -> bytes:
 
 
 def column_widths(columns: Sequence[Column], texts: Sequence[Sequence[str]], width: int | None) -> list[int]:
-    """As wide as their longest text; where that is too much, the longest that may be shortened give way."""
+    """As wide as their longest text; where that is too much, the longest give way, those to keep last."""
     widths = [max(cells(row[place]) for row in texts) for place in range(len(columns))]
-    if width is None:
-        return widths
-    free = [place for place, column in enumerate(columns) if not column.keep and not column.right]
-    while sum(widths) + 2 * (len(widths) - 1) > width:
-        longest = max(free, key=lambda place: widths[place], default=None)
-        if longest is None or widths[longest] <= LEAST_COLUMN:
-            break
-        widths[longest] -= 1
+    texty = [place for place, column in enumerate(columns) if not column.right]
+    for free in ([place for place in texty if not columns[place].keep], texty):
+        while width is not None and sum(widths) + 2 * (len(widths) - 1) > width:
+            longest = max(free, key=lambda place: widths[place], default=None)
+            if longest is None or widths[longest] <= LEAST_COLUMN:
+                break
+            widths[longest] -= 1
     return widths
 
 

@@ -33,7 +33,7 @@ async def verb_profile_show(context: Context, args: Namespace) -> int:
     if reply.not_enforced:
         out.line(out.paint("\nNot enforced here", "warn"))
         for lack in reply.not_enforced:
-            out.line(f"  {lack.feature}: {lack.reason}")
+            out.hanging("  ", f"{lack.feature}: {lack.reason}")
     return OK
 
 

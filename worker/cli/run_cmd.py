@@ -6,7 +6,8 @@ from collections.abc import Coroutine
 from contextlib import aclosing
 from typing import Any, TypeVar
 
-from schemas.commands import Create, Kill, Run, Stop
+from schemas.commands import Create, Kill, Remove, Run, Stop
+from schemas.events import CommandCompleted
 from schemas.spec import ServiceSpec
 from schemas.status import ContainerStatus, State
 from schemas.subjects import STREAMS, build_cid
@@ -19,7 +20,7 @@ from worker.cli.lifecycle_cmd import shell_code
 from worker.cli.logs_cmd import lost_text
 from worker.cli.parser import Namespace, Parser, UsageError, duration, pair, whole
 from worker.cli.specs import is_file, specs_of
-from worker.client import FleetClient, new_id
+from worker.client import FleetClient, new_id, raised
 from worker.client_logs import LogOrder
 from worker.errors import Conflict, ContractError
 
@@ -128,13 +129,9 @@ async def _each(context: Context, args: Namespace, *, start: bool) -> int:
         async def one(service: str, spec: ServiceSpec) -> int:
             cid = build_cid(service, args.replica)
             make = Run if start else Create
+            command = make(id=new_id(), spec=spec, replace=args.replace)
             try:
-                done = await fleet.command(
-                    node,
-                    cid,
-                    make(id=new_id(), spec=spec, replace=args.replace),
-                    on_absent=context.tell_absent,
-                )
+                done = await begin(context, fleet, Target(node, cid), command)
             except ContractError as failure:
                 context.out.error(f"{cid}: {sentence(explain(failure, args))}")
                 return exit_code(failure)
@@ -147,6 +144,20 @@ async def _each(context: Context, args: Namespace, *, start: bool) -> int:
         async with context.out.busy(f"{'starting' if start else 'creating'} {', '.join(specs)}"):
             codes = await asyncio.gather(*(one(service, spec) for service, spec in specs.items()))
     return next((code for code in codes if code), OK)
+
+
+async def begin(
+    context: Context, fleet: FleetClient, target: Target, command: Run | Create
+) -> CommandCompleted:
+    """Create or run. A container that is to go when it has ended goes too when it could not start."""
+    done = await fleet.command(target.node, target.cid, command, on_absent=context.tell_absent, check=False)
+    if done.error is None:
+        return done
+    failed = done.status is not None and done.status.state == State.FAILED
+    if failed and command.spec.lifecycle.delete_on_exit and done.instance:
+        remove = Remove(id=new_id(), if_instance=done.instance)
+        await fleet.command(target.node, target.cid, remove, check=False)
+    raise raised(done.error)
 
 
 def explain(failure: ContractError, args: Namespace) -> ContractError:
@@ -172,14 +183,14 @@ class _Attached:
         self._main = asyncio.current_task()
 
     async def run(self, command: Run) -> int:
-        fleet, node, cid = self._fleet, self._target.node, self._target.cid
+        fleet, cid = self._fleet, self._target.cid
         events_from, logs_from = await fleet.event_position(), await fleet.log_position() + 1
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGINT, self._interrupt)
         logs: asyncio.Task[None] | None = None
         try:
             async with self._out.busy(f"starting {cid}"):
-                done = await fleet.command(node, cid, command, on_absent=self._context.tell_absent)
+                done = await begin(self._context, fleet, self._target, command)
             instance = str((done.result or {}).get("instance") or done.instance)
             logs = asyncio.create_task(self._show_logs(instance, logs_from))
             status = await _before(logs, self._ended(instance, events_from))
@@ -246,10 +257,12 @@ class _Attached:
         self._interrupts += 1
         cid = self._target.cid
         if self._interrupts == 1:
-            self._out.note(f"\nstopping {cid} (again to kill it)", "warn")
+            self._out.break_line()
+            self._out.note(f"stopping {cid} (again to kill it)", "warn")
             self._send(Stop(id=new_id()))
         elif self._interrupts == 2:
-            self._out.note(f"\nkilling {cid} (again to leave)", "warn")
+            self._out.break_line()
+            self._out.note(f"killing {cid} (again to leave)", "warn")
             self._send(Kill(id=new_id()))
         elif self._main is not None:
             self._main.cancel()

@@ -14,8 +14,10 @@ import socket
 import time
 from typing import Any
 
+EXIT_ALREADY_RUNNING = 75
+
 _LOG_BYTES = 1024 * 1024
-_TREES_S = 30.0
+TREES_S = 30.0
 _BACKLOG = 64
 
 
@@ -50,7 +52,7 @@ class Place:
         Then share the lock with our own shims.
         """
         self.trees = os.open(self.path("trees"), _RW, 0o600)
-        deadline = time.monotonic() + _TREES_S
+        deadline = time.monotonic() + TREES_S
         free = False
         while not free and time.monotonic() < deadline:
             try:

@@ -42,8 +42,25 @@ from worker.launcher.spares import Spares
 _MAX_EXECS = 64
 _MAX_EXEC_OUTPUT = 1024 * 1024
 _ABANDONED_S = 30.0
+_LISTING_S = 2.0
 
 Message = dict[str, Any]
+
+
+class StartReply:
+    """The answer to a start; after it there is time to make another spare."""
+
+    def __init__(self, reply: ClientReply, spares: Spares) -> None:
+        self._reply = reply
+        self._spares = spares
+
+    def ok(self, **fields: Any) -> None:
+        self._reply.ok(**fields)
+        self._spares.refill()
+
+    def refuse(self, why: Refused) -> None:
+        self._reply.refuse(why)
+        self._spares.refill()
 
 
 class Launcher:
@@ -70,6 +87,7 @@ class Launcher:
         self._abandoned = abandoned
         self._shutdown: list[ClientReply] | None = None
         self._exec_numbers = 0
+        self._listings: list[tuple[float, ClientReply]] = []
         control.describe = self._describe
         control.on_subscribe = self._subscribed
         control.ops = {
@@ -99,6 +117,7 @@ class Launcher:
             self._begin_shutdown()
 
     def _after_pass(self) -> None:
+        self._answer_listings()
         if self._control.heard:
             items = self._host.capture.take_notices()
             if items:
@@ -146,10 +165,20 @@ class Launcher:
     # -- ops
 
     def _op_containers(self, client: Client, message: Message, reply: ClientReply) -> None:
-        reply.ok(
-            containers=[c.to_wire() for c in self.containers.values()],
-            ports=self._host.ports.all(),
-        )
+        # A start that is under way is waited for: a new worker shall find it running, or not at all.
+        self._listings.append((time.monotonic() + _LISTING_S, reply))
+        self._loop.timers.after(_LISTING_S, self._answer_listings)
+        self._answer_listings()
+
+    def _answer_listings(self) -> None:
+        if not self._listings:
+            return
+        busy = any(c.phase is Phase.STARTING for c in self.containers.values())
+        now = time.monotonic()
+        due = [reply for until, reply in self._listings if not busy or until <= now]
+        self._listings = [waiting for waiting in self._listings if waiting[1] not in due]
+        for reply in due:
+            reply.ok(containers=[c.to_wire() for c in self.containers.values()], ports=self._host.ports.all())
 
     def _op_reserve_port(self, client: Client, message: Message, reply: ClientReply) -> None:
         port = requests.optional_whole(message, "port", 1, 65535)
@@ -182,7 +211,7 @@ class Launcher:
             old.dispose()
         self.containers[identity.cid] = container
         self._spares.take(
-            lambda shim: container.start(shim, command, plan, reply),
+            lambda shim: container.start(shim, command, plan, StartReply(reply, self._spares)),
             lambda failure: container.not_started("fork", failure, reply),
         )
 

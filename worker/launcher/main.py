@@ -10,7 +10,7 @@ from worker.launcher.capture import Capture
 from worker.launcher.children import Children
 from worker.launcher.container import Container
 from worker.launcher.control import Control
-from worker.launcher.identity import AlreadyRunning, Place, log
+from worker.launcher.identity import EXIT_ALREADY_RUNNING, AlreadyRunning, Place, log
 from worker.launcher.launcher import Launcher
 from worker.launcher.loop import Loop, Signals, handled_signals
 from worker.launcher.mux import make_mux
@@ -24,7 +24,7 @@ from worker.launcher.sandbox import Sandboxes
 from worker.launcher.segments import OpenFiles
 from worker.launcher.spares import Spares
 
-EXIT_USAGE, EXIT_FAILED, EXIT_ALREADY_RUNNING = 2, 1, 75
+EXIT_USAGE, EXIT_FAILED = 2, 1
 
 USAGE = (
     "usage: launcher --data-dir DIR --key-file FILE [--socket PATH] [--foreground] [--unsandboxed-for-tests]"

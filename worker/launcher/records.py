@@ -9,7 +9,7 @@ from typing import Any
 NAME = "exit.json"
 _NEW = ".exit.json.new"
 
-_CPU_SLACK_S = 0.05  # the kernel counts the limit by ticks, the usage exactly
+_CPU_SHARE = 0.9  # the kernel counts the limit by ticks, the usage exactly
 
 STOP, KILL_TREE, SIGNAL, SHUTDOWN = "stop", "kill_tree", "signal", "shutdown"
 
@@ -37,4 +37,4 @@ def is_cpu_limit(code: int, cpu_usec: int, limit_s: float | None, *, by_us: bool
         return True
     if code != -signal.SIGKILL or by_us or limit_s is None:
         return False
-    return cpu_usec >= (limit_s - _CPU_SLACK_S) * 1_000_000
+    return cpu_usec >= limit_s * _CPU_SHARE * 1_000_000

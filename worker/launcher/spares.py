@@ -15,10 +15,9 @@ from worker.launcher.channel import Channel
 from worker.launcher.children import Children
 from worker.launcher.loop import Loop
 from worker.launcher.nursery import ANSWER, DESCRIPTORS, Heritage, run_nursery
-from worker.launcher.timers import Timer
 
 SPARES = 2
-_REFILL_S = 0.02
+_ASK_AGAIN_S = 0.02
 _REVIVE_S = 1.0
 _ATTEMPTS = 3
 
@@ -77,16 +76,14 @@ class Spares:
         self._waiting: list[tuple[OnShim, OnFailure]] = []
         self._asked = 0
         self._failures = 0
-        self._refill: Timer | None = None
         self._closed = False
         self._revive()
 
     def take(self, on_shim: OnShim, on_failure: OnFailure) -> None:
-        """Give a spare to `on_shim`, at once or when the nursery has made one."""
-        self._refill_later()
+        """Give a spare to `on_shim`, at once or when the nursery has made one. Call `refill` afterwards."""
         while self._spares:
             shim = self._spares.pop(0)
-            if not shim.channel.closed:
+            if not shim.channel.closed and shim.alive:
                 on_shim(shim)
                 return
         self._waiting.append((on_shim, on_failure))
@@ -123,8 +120,7 @@ class Spares:
         self._asked = 0
         self._children.add(pid, lambda status: None)
         self._loop.add(ours.fileno(), self._readable)
-        self._ask()
-        self._refill_later()
+        self._ask(SPARES)
 
     def _drop_nursery(self) -> None:
         if self._sock is not None:
@@ -132,15 +128,11 @@ class Spares:
             self._sock.close()
             self._sock = None
 
-    def _refill_later(self) -> None:
-        """Make spares when nothing was started for a moment: forking now would take the starts' processor."""
-        if self._refill is not None:
-            self._refill.cancel()
-        self._refill = self._loop.timers.after(_REFILL_S, self._fill)
-
-    def _fill(self) -> None:
-        self._spares = [shim for shim in self._spares if not shim.channel.closed]
-        self._ask(SPARES - len(self._spares))
+    def refill(self) -> None:
+        """A start is over: make up for it. Not earlier, or the fork would take the start's processor."""
+        if not self._waiting:
+            self._spares = [shim for shim in self._spares if not shim.channel.closed]
+            self._ask(SPARES - len(self._spares))
 
     def _ask(self, spares: int = 0) -> None:
         """Want a shim for each who waits, and `spares` more."""
@@ -150,7 +142,7 @@ class Spares:
         try:
             self._asked += self._sock.send(b"+" * wanted)
         except BlockingIOError:
-            self._refill_later()
+            self._loop.timers.after(_ASK_AGAIN_S, self._ask)
         except OSError as failure:
             self._log(f"the nursery does not listen: {failure}")  # reading from it tells its end
 

@@ -12,7 +12,7 @@ from schemas.status import Network
 from worker.errors import Configuration
 from worker.platform.base import CloneReport, NetworkPolicy, PathRule, Profile, RuleGroup, SandboxPolicy
 
-from . import gaps, landlock, seccomp, system
+from . import gaps, landlock, privileges, seccomp, system
 from .clone import clone_tree
 from .enforce import PLAN_VERSION
 from .groups import GROUPS
@@ -34,7 +34,7 @@ class LinuxDriver:
     ) -> None:
         self._abi = landlock.abi() if abi is None else abi
         self._filter = seccomp.supported() if filter is None else filter
-        self._root = os.geteuid() == 0 if root is None else root
+        self._root = privileges.may_set_groups() if root is None else root
 
     def capabilities(self) -> Capabilities:
         # Levels that hold at least by port; `not_enforced` says how much less than the contract that is.
@@ -104,8 +104,8 @@ class LinuxDriver:
             return f"landlock:{self._abi}"
         return "seccomp" if self._filter else "none"
 
-    def _system(self, policy: SandboxPolicy) -> list[system.SystemPath]:
-        rules = system.system_paths(policy.groups)
+    def _system(self, policy: SandboxPolicy) -> tuple[system.SystemPath, ...]:
+        rules = system.system(policy.groups).rules
         for rule in rules:
             for denied in policy.deny:
                 if denied == rule.path or denied.startswith(rule.path + "/"):

@@ -39,8 +39,8 @@ _PR_SET_NO_NEW_PRIVS = 38
 # and procfs makes a new inode whenever an entry was dropped from the cache: after memory ran short, a rule
 # for /proc/meminfo would hold no more. Measured by dropping the cache.
 _held: dict[str, int] = {}
-# What most plans will have in common, if the process has settled; and a ruleset with that, made ahead.
-_settled: tuple[tuple[str, str], ...] | None = None
+_settled = False
+# A ruleset with what most plans have in common.
 _ahead: "Ahead | None" = None
 
 
@@ -77,56 +77,65 @@ class Prepared(NamedTuple):
 
 
 class Ahead(NamedTuple):
-    """A ruleset with the system's paths, and the folders' times of change: a file replaced since is
-    another.
-    """
+    """A ruleset with the system's paths, of use to the process `pid` alone, see `ahead`."""
 
-    paths: tuple[tuple[str, str], ...]
-    stamps: tuple[int, ...]
+    pid: int
+    system: system.System
     ruleset: int
 
 
 def settle() -> None:
     """Do once, in the launcher before its first fork, what every child inherits.
 
-    An empty bounding set and a session keyring of the launcher's own; the filters of the four network
-    levels; and the files of /proc that every container may read are held, as long as the launcher lives.
+    An empty bounding set and a session keyring of the launcher's own; the usual filters; and the files of
+    /proc that every container may read are held, as long as the launcher lives.
     """
     global _settled
     privileges.empty_bounding_set(keep_over_exec=True)
     machine = seccomp.machine()
     if machine is not None:
         privileges.new_session_keyring(machine)
-        for inet in seccomp.INET:
-            for fastopen in (False, True):
-                seccomp.assemble(seccomp.Options(inet=inet, fastopen=fastopen), machine)
-    _settled = tuple((rule.path, rule.access) for rule in system.system_paths())
-    _hold(path for path, _ in _settled)
+        for options in seccomp.USUAL:
+            seccomp.assemble(options, machine)
+    _hold(path for path, _ in _paths(system.system()))
+    _settled = True
 
 
 def ahead() -> None:
     """Make the greater part of a ruleset now, in a settled process that will be given one plan.
 
-    It must not be called in a process that forks containers: they would share the ruleset, and each would
-    be let into the others' folders.
+    Not for one that forks containers: they would share the ruleset, and each would be let into the others'
+    folders, so that a fork does not use it. What fails here is left to `prepare`, which tells of it.
     """
     global _ahead
-    if _settled is None or landlock.abi() == 0 or _ahead is not None:
+    version = landlock.abi()
+    if not _settled or version == 0 or _ahead is not None:
         return
-    ruleset = landlock.file_rules(landlock.abi())
+    ruleset = landlock.file_rules(version)
     try:
-        landlock.allow_paths(ruleset, _settled, landlock.abi(), missing_ok=True)
-        _ahead = Ahead(_settled, _stamps(_settled), ruleset)
-    except BaseException:
+        found = system.system()
+        landlock.allow_paths(ruleset, _paths(found), version, missing_ok=True)
+        prepare(_rehearsal(version)).close()
+        _ahead = Ahead(os.getpid(), found, ruleset)
+    except (OSError, EnforceError):
         os.close(ruleset)
-        raise
+
+
+def _rehearsal(version: int) -> dict[str, Any]:
+    """A plan like any other: preparing it copies the pages of the interpreter that the real one will need."""
+    net = "bc" if version >= 4 else ""
+    rules = {"system": [], "paths": [["/", "rwx"]], "ports": [[1, net]], "net": net, "own_proc": True}
+    steps: list[list[Any]] = [["rlimits", [["core", 0, 0, False]]], ["groups", None], ["capabilities", None]]
+    steps += [["no_new_privs", None], ["dumpable", None], ["landlock", rules]]
+    if seccomp.machine() is not None:
+        steps.append(["seccomp", {}])
+    return {"version": PLAN_VERSION, "steps": steps}
 
 
 def prepare(plan: dict[str, Any]) -> Prepared:
     """Work out the calls of a plan, its rulesets and its filter.
 
-    Rules hold for the files that their paths name now: prepare again when the container's folders were
-    remade.
+    Rules hold for the files that their paths name now: prepare again for folders that were made anew.
     """
     if plan.get("version") != PLAN_VERSION:
         raise EnforceError("plan", 0, f"version {plan.get('version')} is not one that this launcher knows")
@@ -173,7 +182,7 @@ def _calls(name: str, argument: Any) -> list[Call]:
     if name == "groups":
         return [Call(name, os.setgroups, ([],))] if os.getgroups() else []
     if name == "capabilities":
-        emptied = [] if _settled is not None else [Call(name, privileges.empty_bounding_set, ())]
+        emptied = [] if _settled else [Call(name, privileges.empty_bounding_set, ())]
         return [*emptied, Call(name, privileges.drop_capabilities, (privileges.may_lock_bits(),))]
     if name == "no_new_privs":
         return [Call(name, prctl, (_PR_SET_NO_NEW_PRIVS, 1))]
@@ -192,12 +201,12 @@ def _landlock(argument: dict[str, Any], rulesets: list[int]) -> list[Call]:
     paths = tuple((path, access) for path, access in argument["system"])
     _hold(path for path, _ in paths)
     files = _take_ahead(paths)
-    if files is None:
+    if files is not None:
+        rulesets.append(files)
+    else:
         files = landlock.file_rules(version)
         rulesets.append(files)
         landlock.allow_paths(files, paths, version, missing_ok=True)
-    else:
-        rulesets.append(files)
     landlock.allow_paths(files, argument["paths"], version)
     calls = [Call("landlock", landlock.restrict, (files,))]
     if argument["own_proc"]:
@@ -211,30 +220,23 @@ def _landlock(argument: dict[str, Any], rulesets: list[int]) -> list[Call]:
 
 
 def _take_ahead(paths: tuple[tuple[str, str], ...]) -> int | None:
-    """The ruleset made ahead, if it has just these paths and they still name the same files."""
+    """The ruleset made ahead, if it is this process's, for just these paths, and they name the same files."""
     global _ahead
     if _ahead is None:
         return None
     found, _ahead = _ahead, None
-    if found.paths == paths and found.stamps == _stamps(paths):
+    if found.pid == os.getpid() and _paths(found.system) == paths and not found.system.stale():
         return found.ruleset
     os.close(found.ruleset)
     return None
 
 
-def _stamps(paths: Iterable[tuple[str, str]]) -> tuple[int, ...]:
-    """When the folders of single files last changed. Those of /proc, /sys and /dev never change their
-    files.
-    """
-    folders = {
-        os.path.dirname(path) for path, _ in paths if path.startswith(("/etc/", "/run/", "/var/", "/mnt/"))
-    }
-    return tuple(os.stat(folder).st_mtime_ns for folder in sorted(folders))
+def _paths(found: system.System) -> tuple[tuple[str, str], ...]:
+    return tuple((rule.path, rule.access) for rule in found.rules)
 
 
 def _allow_own_proc(ruleset: int, mask: int) -> None:
-    """Let the program read its own /proc folder. The ruleset is the container's own: no other one gains by
-    it.
+    """Let the program read its own /proc folder; the ruleset is its container's own.
 
     The descriptor stays open until exec, so that `hold_process` finds the same entry.
     """

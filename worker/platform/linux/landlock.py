@@ -116,8 +116,15 @@ def file_rules(version: int) -> int:
 
 def port_rules(net: str, ports: PortRules) -> int:
     """A ruleset of its own for TCP, from ABI 4 on: the letters of `net` are denied but for `ports`."""
-    ruleset = _create(0, sum(NET_RIGHTS[letter] for letter in net))
+    # A layer that says nothing of REFER denies it everywhere.
+    refer = 1 << FS_RIGHTS["refer"][0]
+    ruleset = _create(refer, sum(NET_RIGHTS[letter] for letter in net))
     try:
+        root = os.open("/", O_PATH | os.O_CLOEXEC)
+        try:
+            allow_descriptor(ruleset, root, refer)
+        finally:
+            os.close(root)
         for port, letters in ports:
             rights = sum(NET_RIGHTS[letter] for letter in letters)
             syscall(_ADD_RULE, ruleset, _NET_PORT, struct.pack("=QQ", rights, port), 0)

@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import os
 import struct
 
 from .libc import last_error, libc, prctl, syscall
@@ -53,6 +54,17 @@ def drop_capabilities(lock_bits: bool) -> None:
     if lock_bits:
         prctl(_PR_SET_SECUREBITS, _SECUREBITS)
     _capset(0, 0, 0)
+
+
+def may_set_groups() -> bool:
+    """Whether this is root, and not that of a user namespace in which groups are fixed."""
+    if os.geteuid() != 0:
+        return False
+    try:
+        with open("/proc/self/setgroups", encoding="ascii") as file:
+            return file.read().strip() != "deny"
+    except FileNotFoundError:
+        return True
 
 
 def new_session_keyring(machine: str) -> None:

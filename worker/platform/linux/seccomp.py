@@ -40,8 +40,6 @@ _CREATES = (0o100, 0o20000000)  # O_CREAT, __O_TMPFILE
 _ANY = 0xFFFFFFFF
 _BUCKET = 8
 
-INET = ("none", "tcp", "udp", "any")
-
 # A program for the kernel: (code, jt, jf, k) for each instruction.
 Code = list[tuple[int, int, int, int]]
 
@@ -68,7 +66,7 @@ class Rule(NamedTuple):
 
 
 class Options(NamedTuple):
-    """What differs between containers. `inet` is one of `INET`; `udp` is TCP too.
+    """What differs between containers. `inet` is `none`, `tcp`, `udp` (and tcp) or `any`.
 
     `fastopen`: TCP connections may be opened by sending, which Landlock does not see. `ipc`: System V
     semaphores, shared memory and message queues, and POSIX message queues. `truncate`: truncate(2), which
@@ -80,6 +78,16 @@ class Options(NamedTuple):
     fastopen: bool = False
     ipc: bool = False
     truncate: bool = True
+
+
+# Those of `none`, `localhost` without and with an endpoint for UDP, `outbound` and `full`.
+USUAL = (
+    Options(),
+    Options(inet="tcp"),
+    Options(inet="udp"),
+    Options(inet="udp", fastopen=True),
+    Options(inet="any", fastopen=True),
+)
 
 
 def _refuse(calls: str, reason: str, *when: Check, code: int = errno.EPERM) -> Rule:

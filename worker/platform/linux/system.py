@@ -10,9 +10,13 @@ Nothing here is writable but the harmless devices. What is left out, and why:
   read its own entry (not its children theirs) and files that describe the machine.
 """
 
+import glob
 import os
+import stat
 from collections.abc import Iterable
 from typing import NamedTuple
+
+_UNCHANGING = ("/proc/", "/sys/", "/dev/")
 
 DEFAULT_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
@@ -71,6 +75,18 @@ _FLAVOUR = (
     "/etc/terminfo",
     "/etc/fonts",
 )
+# Patterns. Programs of these kinds do not start, or not as they should, when their settings are refused.
+_SETTINGS = (
+    "/etc/gitconfig",
+    "/etc/java-*",
+    "/etc/perl",
+    "/etc/python3*",
+    "/etc/profile",
+    "/etc/profile.d",
+    "/etc/bash.bashrc",
+    "/etc/bashrc",
+    "/etc/inputrc",
+)
 _DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 # Of /proc/sys not the whole: below net and fs are keys that only root may read, and a container can be
 # root.
@@ -96,6 +112,7 @@ SYSTEM = (
     *(SystemPath(path, "r", "names of users, hosts and services") for path in _NAMES),
     *(SystemPath(path, "r", "whom TLS trusts") for path in _TRUST),
     *(SystemPath(path, "r", "time zone, language, kind of system") for path in _FLAVOUR),
+    *(SystemPath(path, "r", "settings of common programs") for path in _SETTINGS),
     *(SystemPath(path, "rw", "harmless devices") for path in _DEVICES),
     SystemPath("/dev/tty", "rwi", "the program's own terminal, if it has one"),
     *(SystemPath(path, "r", "the machine, not its processes") for path in _MACHINE),
@@ -109,22 +126,72 @@ _GROUP_PATHS = {
 }
 
 
-def system_paths(groups: Iterable[str] = ()) -> list[SystemPath]:
-    """The rules for this host: canonical paths that exist, without those that another already covers.
+class System(NamedTuple):
+    """The rules for this host, and when the folders that they were found in last changed."""
 
-    `groups` are names of `groups.GROUPS`.
+    rules: tuple[SystemPath, ...]
+    folders: tuple[str, ...]
+    stamps: tuple[int, ...]
+
+    def stale(self) -> bool:
+        """Whether files may have come, gone or been replaced since."""
+        return self.stamps != _stamps(self.folders)
+
+
+_known: dict[tuple[str, ...], System] = {}
+
+
+def system(groups: Iterable[str] = ()) -> System:
+    """Canonical paths that exist, without those that another already covers.
+
+    `groups` are names of `groups.GROUPS`. Looked up anew only when a folder has changed.
     """
-    wanted = [*SYSTEM, *(path for group in groups for path in _GROUP_PATHS.get(group, ()))]
+    wanted = tuple(sorted(set(groups) & _GROUP_PATHS.keys()))
+    known = _known.get(wanted)
+    if known is None or known.stale():
+        known = _known[wanted] = _look((*SYSTEM, *(path for group in wanted for path in _GROUP_PATHS[group])))
+    return known
+
+
+def _look(wanted: Iterable[SystemPath]) -> System:
     found: dict[str, SystemPath] = {}
+    folders = set()
     for rule in wanted:
-        try:
-            canonical = os.path.realpath(rule.path, strict=True)
-        except OSError:
-            continue  # this host has no such file
-        before = found.get(canonical)
-        access = rule.access if before is None else _union(before.access, rule.access)
-        found[canonical] = SystemPath(canonical, access, rule.reason)
-    return [rule for rule in found.values() if not _covered(rule, found)]
+        folders.add(os.path.dirname(rule.path))
+        for path in glob.glob(rule.path):
+            canonical = os.path.realpath(path)
+            if not _public(canonical):
+                continue
+            folders.add(os.path.dirname(canonical))
+            before = found.get(canonical)
+            access = rule.access if before is None else _union(before.access, rule.access)
+            found[canonical] = SystemPath(canonical, access, rule.reason)
+    # Those of /proc, /sys and /dev keep their files, but their times change.
+    watched = tuple(sorted(folder for folder in folders if not f"{folder}/".startswith(_UNCHANGING)))
+    stamps = _stamps(watched)
+    rules = tuple(rule for rule in found.values() if not _covered(rule, found))
+    return System(rules, watched, stamps)
+
+
+def _stamps(folders: Iterable[str]) -> tuple[int, ...]:
+    return tuple(_changed(folder) for folder in folders)
+
+
+def _changed(folder: str) -> int:
+    try:
+        return os.stat(folder).st_mtime_ns
+    except OSError:
+        return 0
+
+
+def _public(path: str) -> bool:
+    """Whether everybody on the host may read it. Where the worker is root, it could hand out what only root
+    may.
+    """
+    try:
+        return bool(os.stat(path).st_mode & stat.S_IROTH)
+    except OSError:
+        return False  # a link to nowhere
 
 
 def _covered(rule: SystemPath, found: dict[str, SystemPath]) -> bool:
