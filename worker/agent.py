@@ -338,6 +338,16 @@ async def _until_cancelled(task: "asyncio.Task[None]") -> None:
 def _host_facts(config: Config, data: DataDir) -> HostFacts:
     """What no container may reach, whatever a spec asks for and an operator grants."""
     ports = tuple(sorted({server.port for server in parse_servers(config.nats.url)}))
-    files = (config.nats.creds, config.nats.nkey, config.nats.token_file, config.source, config.secrets.dir)
+    tls = config.nats.tls
+    files = (
+        config.nats.creds,
+        config.nats.nkey,
+        config.nats.token_file,
+        None if tls is None else tls.key,
+        config.host_api.secret_file,
+        config.host_api.socket,
+        config.source,
+        config.secrets.dir,
+    )
     protected = tuple(os.path.realpath(f) for f in files if f)
     return HostFacts(data_root=str(data.root), protected=protected, nats_ports=ports)

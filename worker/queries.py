@@ -134,9 +134,10 @@ class Queries:
         record = actor.record
         if record is None or record.status.state is not State.RUNNING:
             raise Conflict(f"exec is not possible: {request.container} is {actor.state}")
-        start = self._runtime.operations.start_request(record)
+        policy = self._services.policy_of(record)
+        start = self._runtime.starter.start_request(record, policy)
         environment = {**start.env, **(request.env or {})}
-        command = self._exec_command(record, request, environment.get("PATH", ""))
+        command = self._exec_command(record, policy, request, environment.get("PATH", ""))
         result = await self._services.launcher.exec(
             actor.cid,
             ExecRequest(
@@ -155,11 +156,12 @@ class Queries:
             )
         return _exec_reply(result)
 
-    def _exec_command(self, record: ContainerRecord, request: q.ExecRequest, path: str) -> ResolvedCommand:
+    def _exec_command(
+        self, record: ContainerRecord, policy: SandboxPolicy, request: q.ExecRequest, path: str
+    ) -> ResolvedCommand:
         """The program of an exec is found as the container's own is."""
         services, spec = self._services, record.spec
         status = record.status
-        policy = services.make_policy(spec, status.container, status.instance, status.port)
         words = CommandSpec(entrypoint=request.argv, workdir=request.workdir or spec.command.workdir)
         return resolve_command(
             msgspec.structs.replace(spec, command=words),

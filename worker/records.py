@@ -1,5 +1,6 @@
 """What the journal keeps of a container: enough for a new worker to go on where the last one stopped."""
 
+from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
@@ -41,3 +42,9 @@ def encode_record(record: ContainerRecord) -> bytes:
 
 def decode_record(raw: bytes) -> ContainerRecord:
     return _decoder.decode(raw)
+
+
+def from_unix_us(unix_us: int) -> datetime:
+    """Microseconds since 1970 as a UTC time."""
+    seconds, micros = divmod(unix_us, 1_000_000)
+    return datetime.fromtimestamp(seconds, UTC).replace(microsecond=micros)

@@ -37,6 +37,8 @@ class Runtime:
     def __init__(self, services: Services) -> None:
         self.services = services
         self.operations = ContainerOperations(services)
+        self.ender = self.operations.ender
+        self.starter = self.operations.starter
         self._actors: dict[str, ContainerActor] = {}
         self._tasks: asyncio.TaskGroup | None = None
         self._running: set[asyncio.Task[None]] = set()
@@ -128,12 +130,12 @@ class Runtime:
         if actor is None:
             self.spawn(self._forget(ended.cid, ended.instance), f"forget {ended.cid}")
         else:
-            self.spawn(self.operations.apply_exit(actor, ended), f"exit {ended.cid}")
+            self.spawn(self.ender.apply_exit(actor, ended), f"exit {ended.cid}")
 
     def on_memory_limit(self, cid: str, used_bytes: int) -> None:
         actor = self._actors.get(cid)
         if actor is not None:
-            self.spawn(self.operations.over_memory(actor, used_bytes), f"memory {cid}")
+            self.spawn(self.ender.over_memory(actor, used_bytes), f"memory {cid}")
 
     async def _forget(self, cid: str, instance: str) -> None:
         try:
@@ -186,14 +188,14 @@ class Runtime:
         ended = found.exit if found is not None else services.read_exit(state_dir, status)
         if found is not None and found.run == status.run and found.exit is None:
             if status.state is State.INITIALIZING:
-                await self.operations.adopt_running(actor, found)
+                await self.starter.adopt_running(actor, found)
             if actor.state is State.STOPPING:
-                self.spawn(self.operations.finish_stop(actor), f"stop {actor.cid}")
+                self.spawn(self.ender.end_run(actor, None), f"stop {actor.cid}")
             return
         if ended is not None and ended.run == status.run and ended.instance == status.instance:
             if status.state is State.INITIALIZING:
-                await self.operations.adopt_running(actor, None)
-            await self.operations.apply_exit(actor, ended)
+                await self.starter.adopt_running(actor, None)
+            await self.ender.apply_exit(actor, ended)
         elif record.boot_id is not None and record.boot_id != services.boot_id:
             await self._lose(actor, Reason.NODE_REBOOTED, "the machine was restarted while it ran")
         elif status.state is State.INITIALIZING and found is None and record.shim_pid is None:
@@ -230,7 +232,7 @@ class Runtime:
         if record.boot_id == self.services.boot_id:
             await self._await_death(record)
         self.services.incomplete_logs(actor.cid, record.status.instance, record.status.run)
-        await self.operations.lose(actor, reason, message)
+        await self.ender.lose(actor, reason, message)
         if record.spec.lifecycle.delete_on_exit:
             self._remove_later(actor)
 
@@ -262,7 +264,7 @@ class Runtime:
             if record.status.state in LIVE:
                 ended = self.services.read_exit(state_dir, record.status)
                 if ended is not None and record.status.state is not State.INITIALIZING:
-                    await self.operations.apply_exit(actor, ended)
+                    await self.ender.apply_exit(actor, ended)
                 else:
                     await self._lose(actor, Reason.SUPERVISOR_LOST, "the launcher died while it ran")
             if actor.record is not None:

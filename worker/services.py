@@ -89,6 +89,10 @@ class Services:
             driver=self.driver,
         )
 
+    def policy_of(self, record: ContainerRecord) -> SandboxPolicy:
+        status = record.status
+        return self.make_policy(record.spec, status.container, status.instance, status.port)
+
     def plan(self, policy: SandboxPolicy) -> dict[str, Any]:
         """The launcher's plan for a policy, kept per instance while the policy is the same."""
         known = self._plans.get(policy.instance)

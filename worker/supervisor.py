@@ -49,7 +49,15 @@ from worker.supervisor_types import (
     StartRequest,
     Usage,
 )
-from worker.supervisor_wire import Wire, connect, is_alive, launcher_program, read_key, spawn_launcher
+from worker.supervisor_wire import (
+    ConnectionEnded,
+    Wire,
+    connect,
+    is_alive,
+    launcher_program,
+    read_key,
+    spawn_launcher,
+)
 
 __all__ = [
     "ExecRequest",
@@ -110,21 +118,19 @@ class Launcher(News):
         launcher = cls(home)
         loop = asyncio.get_running_loop()
         deadline = loop.time() + ATTACH_TIMEOUT_S
-        may_spawn = spawn
-        while True:
-            if await launcher._try_connect():
-                return launcher
-            if may_spawn:
-                # When another one is just starting, it is waited for.
-                may_spawn = False
-                await spawn_launcher(home, unsandboxed=unsandboxed)
-            elif not spawn or loop.time() > deadline:
+        started = False
+        while not await launcher._try_connect():
+            if not spawn or loop.time() > deadline:
                 raise Unavailable(f"no launcher answers at {home.launcher_socket}")
-            else:
+            if not started:
+                # When another one is just starting or ending, it is waited for.
+                started = await spawn_launcher(home, unsandboxed=unsandboxed)
+            if not started:
                 await asyncio.sleep(POLL_S)
+        return launcher
 
     async def _try_connect(self) -> bool:
-        """False when nobody listens. Unavailable when somebody does, and refuses or does not answer."""
+        """False when nobody takes the connection. Unavailable when somebody does, and does not obey."""
         sock = connect(self._home)
         if sock is None:
             return False
@@ -135,6 +141,8 @@ class Launcher(News):
         except BaseException as failure:
             wire.abandon()
             await wire.ended.wait()
+            if isinstance(failure, ConnectionEnded):
+                return False
             if isinstance(failure, ContractError):
                 raise Unavailable(
                     f"the launcher at {self._home.launcher_socket} does not take this worker: {failure}"
@@ -280,7 +288,7 @@ class Launcher(News):
 
     async def _ask_on(self, wire: Wire, op: str, fields: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         if wire.ended.is_set():
-            raise Unavailable("the connection to the launcher has ended")
+            raise ConnectionEnded("the connection to the launcher has ended")
         number = next(self._ids)
         future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         self._waiting[number] = future
@@ -313,7 +321,7 @@ class Launcher(News):
     def _ended(self, wire: Wire, reason: str) -> None:
         for future in self._waiting.values():
             if not future.done():
-                future.set_exception(Unavailable("the connection to the launcher ended before it answered"))
+                future.set_exception(ConnectionEnded("the launcher ended the connection before it answered"))
         if wire is not self._wire:
             return
         self._wire = None

@@ -28,6 +28,10 @@ _encode = msgspec.json.Encoder().encode
 _decode = msgspec.json.Decoder(dict[str, Any]).decode
 
 
+class ConnectionEnded(Unavailable):
+    """The launcher was there, and is not any more, or does not want this connection."""
+
+
 class Wire(asyncio.Protocol):
     """Frames on a connected socket. `on_end` is called once, with the reason."""
 
@@ -126,11 +130,11 @@ def launcher_program() -> tuple[str, str]:
     return sys.executable, str(Path(__file__).resolve().parent / "launcher" / "__main__.py")
 
 
-async def spawn_launcher(home: LauncherHome, *, unsandboxed: bool = False) -> None:
+async def spawn_launcher(home: LauncherHome, *, unsandboxed: bool = False) -> bool:
     """Start a launcher in a session of its own; it listens when this returns.
 
-    When another one holds the directory already, this returns too: that one is to be asked. Unavailable,
-    with what it said, when it cannot start.
+    False when another one holds the directory: that one is to be asked. Unavailable, with what it said, when it
+    cannot start.
     """
     python, program = launcher_program()
     arguments = ["--data-dir", str(home.root), "--key-file", str(home.key_path)]
@@ -165,5 +169,8 @@ async def spawn_launcher(home: LauncherHome, *, unsandboxed: bool = False) -> No
             raise
         said.seek(0)
         reason = said.read(4096).decode(errors="replace").strip()
-    if code not in (0, EXIT_ALREADY_RUNNING):
+    if code == EXIT_ALREADY_RUNNING:
+        return False
+    if code:
         raise Unavailable(f"the launcher did not start: {reason or f'exit code {code}'}")
+    return True

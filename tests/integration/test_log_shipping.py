@@ -5,6 +5,7 @@ import hashlib
 import random
 import sys
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -50,23 +51,29 @@ class Program:
 
 
 class Worker:
-    def __init__(self, folder: Path, server: EmbeddedServer) -> None:
-        self._args = [str(folder), server.url, INSTANCE]
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
         self._process: asyncio.subprocess.Process | None = None
 
-    async def start(self) -> None:
-        self._process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "tests.integration.log_child",
-            *self._args,
-            stderr=asyncio.subprocess.DEVNULL,
-        )
+    async def start(self, server: EmbeddedServer) -> None:
+        with (self._folder / "worker.err").open("ab") as errors:
+            self._process = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "tests.integration.log_child"),
+                *(str(self._folder), server.url, INSTANCE),
+                stderr=errors,
+            )
 
     async def kill(self) -> None:
         if self._process is not None and self._process.returncode is None:
             self._process.kill()
             await self._process.wait()
+
+
+@pytest.fixture
+async def worker(tmp_path: Path) -> AsyncIterator[Worker]:
+    found = Worker(tmp_path)
+    yield found
+    await found.kill()
 
 
 async def stored(bus: Bus, stream: str) -> list[StreamMessage]:
@@ -92,15 +99,15 @@ async def messages_stored(bus: Bus) -> int:
 
 
 async def test_no_byte_is_lost_or_doubled_by_kills_of_the_worker(
-    start_server: ServerFactory, connect: Connect, tmp_path: Path
+    start_server: ServerFactory, connect: Connect, worker: Worker, tmp_path: Path
 ) -> None:
     server = await start_server()
     bus = await connect(server)
     await setup_streams(bus)
-    program, worker = Program(tmp_path), Worker(tmp_path, server)
+    program = Program(tmp_path)
     chance = random.Random(7)
     for _ in range(5):
-        await worker.start()
+        await worker.start(server)
         before = await messages_stored(bus)
         async with asyncio.timeout(20):
             # Kill it while it is busy, a little later each time.
@@ -109,7 +116,7 @@ async def test_no_byte_is_lost_or_doubled_by_kills_of_the_worker(
                 await asyncio.sleep(0.005)
         await worker.kill()
     program.end()
-    await worker.start()
+    await worker.start(server)
     await until_ended(bus)
     await worker.kill()
     for stream in STREAMS:
@@ -124,13 +131,13 @@ async def test_no_byte_is_lost_or_doubled_by_kills_of_the_worker(
 
 
 async def test_kills_of_the_server_and_rotation_meanwhile(
-    start_server: ServerFactory, connect: Connect, tmp_path: Path
+    start_server: ServerFactory, connect: Connect, worker: Worker, tmp_path: Path
 ) -> None:
     server = await start_server()
     bus = await connect(server, retry=True)
     await setup_streams(bus)
-    program, worker = Program(tmp_path, max_bytes=1024 * 1024), Worker(tmp_path, server)
-    await worker.start()
+    program = Program(tmp_path, max_bytes=1024 * 1024)
+    await worker.start(server)
     for _ in range(3):
         before = await messages_stored(bus)
         async with asyncio.timeout(20):

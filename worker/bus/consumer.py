@@ -22,7 +22,7 @@ from loguru import logger
 
 from schemas.subjects import Subjects
 from worker.bus.connection import Bus
-from worker.bus.failures import JetStreamError, NoResponders
+from worker.bus.failures import JetStreamError, NoAnswer, NoResponders
 from worker.bus.jetstream import StreamNames
 from worker.bus.messages import Headers, Message, parse_ack
 from worker.bus.subscription import Subscription
@@ -33,12 +33,14 @@ MAX_IN_FLIGHT = 256
 ACK_WAIT_S = 60.0
 MAX_ACK_PENDING = 10_000
 PULL_EXPIRES_S = 60.0
-HEARTBEAT_S = 10.0
+HEARTBEAT_S = 5.0
 SILENCE_S = 2.5 * HEARTBEAT_S
 MAX_PULL_BYTES = 8 * 1024 * 1024
 FENCE_PAUSE_S = 0.5
+PATIENCE_S = 2.0  # for one answer of the API: a leader that steps down takes the question with it
+LONGEST_PATIENCE_S = 15.0
 RETRY_S = 0.1
-LONGEST_RETRY_S = 5.0
+LONGEST_RETRY_S = 2.0
 REPORT_EVERY_S = 30.0
 
 _HEARTBEAT = 100
@@ -158,6 +160,7 @@ class CommandConsumer:
         self._rebuild = False  # and that it must be made anew, whatever it looks like
         self._gone = False  # somebody deleted it
         self._replay_at: float | None = None
+        self._patience_s = PATIENCE_S
 
     async def run(self, handle: Handle) -> None:
         unlisten = self._bus.listen(self._on_connection)
@@ -313,7 +316,7 @@ class CommandConsumer:
         self._trouble = ""
         if not rebuild and not gone:
             try:
-                info = await self._bus.js.api(f"CONSUMER.INFO.{self.stream}.{self.name}")
+                info = await self._api(f"CONSUMER.INFO.{self.stream}.{self.name}")
             except JetStreamError as error:
                 gone = error.status == 404
                 if not gone:
@@ -361,9 +364,18 @@ class CommandConsumer:
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(pause * 2, LONGEST_RETRY_S)
 
+    async def _api(self, call: str, request: Any = None) -> dict[str, Any]:
+        try:
+            answer = await self._bus.js.api(call, request, timeout=self._patience_s)
+        except NoAnswer:
+            self._patience_s = min(self._patience_s * 2, LONGEST_PATIENCE_S)
+            raise
+        self._patience_s = PATIENCE_S
+        return answer
+
     async def _delete(self) -> None:
         try:
-            await self._bus.js.api(f"CONSUMER.DELETE.{self.stream}.{self.name}")
+            await self._api(f"CONSUMER.DELETE.{self.stream}.{self.name}")
         except JetStreamError as error:
             if error.err_code != JetStreamError.CONSUMER_NOT_FOUND:
                 raise
@@ -378,7 +390,7 @@ class CommandConsumer:
         self._subscription = await self._bus.subscribe(self._inbox, self._on_message)
         call = f"CONSUMER.CREATE.{self.stream}.{self.name}.{self._pattern}"
         request = {"stream_name": self.stream, "config": self._config(), "action": "create"}
-        answer = await self._bus.js.api(call, request)
+        answer = await self._api(call, request)
         self._created = str(answer.get("created", ""))
         self.rebuilds += 1
 

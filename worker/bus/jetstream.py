@@ -120,8 +120,11 @@ class JetStream:
             )
         return answer
 
-    async def stream_info(self, stream: str, *, deleted: bool = False) -> StreamInfo:
-        answer = await self.api(f"STREAM.INFO.{stream}", {"deleted_details": True} if deleted else None)
+    async def stream_info(
+        self, stream: str, *, deleted: bool = False, timeout: float = API_TIMEOUT_S
+    ) -> StreamInfo:
+        request = {"deleted_details": True} if deleted else None
+        answer = await self.api(f"STREAM.INFO.{stream}", request, timeout=timeout)
         state = answer.get("state", {})
         return StreamInfo(
             created=str(answer.get("created", "")),

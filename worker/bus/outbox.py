@@ -34,10 +34,10 @@ READ_EVENTS = 1000
 READ_BYTES = 4 * 1024 * 1024
 KEEP = timedelta(minutes=10)
 EXPIRE_EVERY_S = 60.0
-ACK_TIMEOUT_S = 2.0  # a leader that steps down takes what it was sent with it
-LONGEST_ACK_TIMEOUT_S = 15.0
+PATIENCE_S = 2.0  # for one answer: a leader that steps down takes what it was asked with it
+LONGEST_PATIENCE_S = 15.0
 RETRY_S = 0.02
-LONGEST_RETRY_S = 5.0
+LONGEST_RETRY_S = 2.0
 REPORT_EVERY_S = 30.0
 
 EXPECTED = "Nats-Expected-Last-Subject-Sequence"
@@ -105,7 +105,7 @@ class OutboxPublisher:
         self._created = ""
         self._verified = -1  # the session of the connection in which the stream was looked at
         self._atomic = True
-        self._ack_timeout_s = ACK_TIMEOUT_S
+        self._patience_s = PATIENCE_S
         self._work = asyncio.Event()
         self._rows: deque[OutboxRow] = deque()
         self._progress = asyncio.Condition()
@@ -199,7 +199,7 @@ class OutboxPublisher:
                     await self._wait_for_work(expire_at)
                     continue
                 await self._send()
-                failures, self._ack_timeout_s = 0, ACK_TIMEOUT_S
+                failures, self._patience_s = 0, PATIENCE_S
             except Unavailable as failure:
                 failures += 1
                 await self._after(failure, failures)
@@ -215,8 +215,7 @@ class OutboxPublisher:
             logger.warning("the stream {} has no atomic batches: events go one by one", self.stream)
             self._atomic = False
             return
-        if isinstance(failure, NoAnswer):
-            self._ack_timeout_s = min(self._ack_timeout_s * 2, LONGEST_ACK_TIMEOUT_S)
+        self._lose_patience(failure)
         unstored = isinstance(failure, JetStreamError) and failure.err_code in (
             JetStreamError.ATOMIC_INCOMPLETE,
             JetStreamError.ATOMIC_TOO_MANY,
@@ -230,6 +229,10 @@ class OutboxPublisher:
             self._tell(failure)
         pause = min(RETRY_S * 2 ** min(failures, 10), LONGEST_RETRY_S)
         await asyncio.sleep(pause * random.uniform(0.3, 1.0))
+
+    def _lose_patience(self, failure: Unavailable) -> None:
+        if isinstance(failure, NoAnswer):
+            self._patience_s = min(self._patience_s * 2, LONGEST_PATIENCE_S)
 
     async def _wait_for_work(self, until: float) -> None:
         try:
@@ -280,7 +283,7 @@ class OutboxPublisher:
 
     async def _publish(self, row: OutboxRow) -> PubAck:
         headers = {**(row.headers or {}), **self._expectation()}
-        return await self._bus.js.publish(row.subject, row.payload, headers, timeout=self._ack_timeout_s)
+        return await self._bus.js.publish(row.subject, row.payload, headers, timeout=self._patience_s)
 
     async def _publish_batch(self, rows: list[OutboxRow]) -> PubAck:
         """Written at once; only the commit is answered."""
@@ -297,7 +300,7 @@ class OutboxPublisher:
                 headers[BATCH_COMMIT] = "1"
                 answer_to = self._bus.reply_subject(token)
                 await self._bus.publish(row.subject, row.payload, headers, reply=answer_to)
-            async with asyncio.timeout(self._ack_timeout_s):
+            async with asyncio.timeout(self._patience_s):
                 message = await reply
         except TimeoutError:
             raise NoAnswer("no acknowledgement for a batch of events") from None
@@ -331,6 +334,7 @@ class OutboxPublisher:
             try:
                 return await self._facts()
             except Unavailable as failure:
+                self._lose_patience(failure)
                 failures += 1
                 if failures > 3:
                     self._tell(failure)
@@ -341,11 +345,12 @@ class OutboxPublisher:
     async def _facts(self) -> _Facts:
         """Of one connection: the stream first, so that what is shown is not older than it."""
         session = self._bus.session
-        info = await self._bus.js.stream_info(self.stream)
+        js, patience_s = self._bus.js, self._patience_s
+        info = await js.stream_info(self.stream, timeout=patience_s)
         if not info.config.get("allow_direct"):
             raise Configuration(f"the stream {self.stream} does not allow direct get, which a worker needs")
         stream = Stream(info.created, info.first_seq, info.last_seq, info.num_deleted)
-        message = await self._bus.js.last_message(self.stream, self._pattern)
+        message = await js.last_message(self.stream, self._pattern, timeout=patience_s)
         head: _Head | None = None
         if message is not None:
             try:
@@ -364,7 +369,7 @@ class OutboxPublisher:
         if message is not None and head is not None:
             shown = Shown(message.stream_seq, head.epoch, head.boot, head.seq, ours)
         if needs_deleted(epoch=epoch, position=position, stream=stream, shown=shown):
-            info = await self._bus.js.stream_info(self.stream, deleted=True)
+            info = await js.stream_info(self.stream, deleted=True, timeout=LONGEST_PATIENCE_S)
             stream = Stream(info.created, info.first_seq, info.last_seq, info.num_deleted, info.deleted)
         if session != self._bus.session:
             raise NotConnected("the connection changed while the stream was looked at")

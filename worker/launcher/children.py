@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 
 from worker.launcher.processes import Process, System
-from worker.launcher.reaper import TreeKiller
+from worker.launcher.reaper import Step, TreeKiller
 from worker.launcher.timers import Timers
 
 _SWEEP_S = 0.005
@@ -57,12 +57,14 @@ class Children:
         self._swept.append(then)
         if not self._sweeping:
             self._sweeping = True
+            self._killer = TreeKiller(self._table, self._orphans, eager=False)
             self._sweep()
 
     def _sweep(self) -> None:
         self.reap()
-        if self._killer.round():
-            self._timers.after(_SWEEP_S, self._sweep)
+        step = self._killer.step()
+        if step is not Step.NOTHING:
+            self._timers.after(0 if step is Step.STOPPED else _SWEEP_S, self._sweep)
             return
         self.reap()
         self._sweeping = False

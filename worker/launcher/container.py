@@ -111,6 +111,8 @@ class Container:
             self._end(message["code"], message["at"])
         elif kind == "signalled":
             self.ending.signalled(message["n"], gone=message["gone"])
+        elif kind == "ending":
+            self.ending.alive()
         elif kind == "exec_failed":
             session = self.execs.pop(message["n"], None)
             if session is not None:

@@ -6,11 +6,13 @@ from collections.abc import Callable
 from typing import Any
 
 from worker.launcher.protocol import NOT_FOUND, Refused
+from worker.launcher.reaper import Step, TreeKiller
 from worker.launcher.records import KILL_TREE, SIGNAL, STOP
 from worker.launcher.run import Host, Reply, Run
 from worker.launcher.timers import Timer
 
-_TAKE_OVER_S = 10.0
+_SILENCE_S = 10.0
+_STEP_S = 0.01
 
 
 class Ending:
@@ -34,7 +36,7 @@ class Ending:
         self._numbers = 0
         self._sent: set[int] = set()
         self._deadline: Timer | None = None
-        self._take_over: Timer | None = None
+        self._watch: Timer | None = None
 
     # -- asked for
 
@@ -76,14 +78,30 @@ class Ending:
 
     def _kill(self) -> None:
         self._send({"t": "kill"})
-        if self._take_over is None:
-            self._take_over = self._host.loop.timers.after(_TAKE_OVER_S, self._takes_over)
+        if self._watch is None:
+            self.alive()
 
-    def _takes_over(self) -> None:
-        """The shim does not manage: end it, so that its tree comes to the launcher."""
-        self._host.log(f"{self._cid}: the shim does not end its tree; taking over")
+    def alive(self) -> None:
+        """The shim is at work on its tree, or should be: if it stays silent, we do it."""
+        if self._watch is not None:
+            self._watch.cancel()
+        self._watch = self._host.loop.timers.after(_SILENCE_S, self._take_over)
+
+    def _take_over(self) -> None:
+        """Kill the shim's tree from here, then the shim, so that what is left of it comes to us."""
+        self._host.log(f"{self._cid}: the shim is silent; ending its tree")
         self._run.taken_over = True
-        self._kill_shim()
+        table, shim = self._host.table, self._run.shim_pid
+        killer = TreeKiller(table, lambda: table.members(shim, (), ()), eager=False)
+        self._kill_step(killer)
+
+    def _kill_step(self, killer: TreeKiller) -> None:
+        step = killer.step()
+        if step is Step.NOTHING:
+            self._kill_shim()
+            return
+        wait_s = 0 if step is Step.STOPPED else _STEP_S
+        self._watch = self._host.loop.timers.after(wait_s, lambda: self._kill_step(killer))
 
     # -- reached
 
@@ -99,7 +117,7 @@ class Ending:
 
     def over(self, record: dict[str, Any] | None) -> None:
         """Answer whoever waits. `record` is None when the program was never reached."""
-        for timer in (self._deadline, self._take_over):
+        for timer in (self._deadline, self._watch):
             if timer is not None:
                 timer.cancel()
         waiters, self._waiters = self._waiters, []

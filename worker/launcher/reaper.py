@@ -1,20 +1,28 @@
 """Killing a whole tree until nothing of it is left, whatever it does meanwhile.
 
-Each round stops everything that it finds until a scan finds nothing new, and only then kills, the newest
-first. A process with a pending signal cannot complete a fork (the kernel restarts it), so what is stopped
-cannot multiply, and what it holds of the process limit stays taken: a fork bomb runs out of processes, not
-out of our sight. Every process is named by pid and start time.
+First everything that a scan finds is stopped, until a scan finds nothing new; only then all of it is
+killed, the newest first. A process with a pending signal cannot complete a fork (the kernel restarts it),
+so what is stopped cannot multiply, and what it holds of the process limit stays taken: a fork bomb runs out
+of processes, not out of our sight. Every process is named by pid and start time.
 """
 
 import os
 import signal
 from collections.abc import Callable, Collection
+from enum import Enum
 
 from worker.launcher.processes import Process, System
 
-# A scan that finds this many wants more of the processor than its share among them.
-_CROWD = 16
-_MAX_SCANS = 200
+# So many scans may find something new before what was found is killed all the same.
+_PATIENCE = 100
+
+
+class Step(Enum):
+    """What a step found: nothing alive; something new, now stopped; or all known, now killed."""
+
+    NOTHING = 0
+    STOPPED = 1
+    KILLED = 2
 
 
 class TreeKiller:
@@ -27,49 +35,50 @@ class TreeKiller:
         self._table = table
         self._scan = scan
         self._eager = eager
-        self.refused: set[int] = set()
+        self._asked: set[tuple[int, int]] = set()
+        self._patience = _PATIENCE
+        self.found = 0
 
-    def round(self, leaders: Collection[int] = ()) -> int:
-        """Stop, then kill, all that a scan shows; gives the number of processes found alive.
+    def step(self, leaders: Collection[int] = ()) -> Step:
+        """One scan, and what follows from it; to be repeated at once after STOPPED, and soon after KILLED.
 
         `leaders` are children of this process that began a session and are not reaped: their process groups
         can be signalled whole, because no other process can have or get these numbers.
         """
-        for leader in leaders:
-            _signal_group(leader, signal.SIGSTOP)
-        found = self._freeze()
+        if self._eager:
+            self._raise_priority()
+        if not self._asked:
+            for leader in leaders:
+                _signal_group(leader, signal.SIGSTOP)
+        found = [p for p in self._scan() if p.alive]
+        self.found = len(found)
+        fresh = [p for p in found if (p.pid, p.start) not in self._asked]
+        if fresh and self._patience:
+            self._patience -= 1
+            self._stop(fresh)
+            return Step.STOPPED
+        self._patience = _PATIENCE
         self.kill_groups(leaders)
         for process in sorted(found, key=lambda p: (p.start, p.pid), reverse=True):
             self._signal(process, signal.SIGKILL)
-        return len(found)
+        return Step.KILLED if found else Step.NOTHING
 
     def kill_groups(self, leaders: Collection[int]) -> None:
         """Kill the process groups of these leaders, each at one stroke."""
         for leader in leaders:
             _signal_group(leader, signal.SIGKILL)
 
-    def _freeze(self) -> list[Process]:
-        asked: set[tuple[int, int]] = set()
-        found: list[Process] = []
-        for _ in range(_MAX_SCANS):
-            found = [p for p in self._scan() if p.alive]
-            fresh = [p for p in found if (p.pid, p.start) not in asked]
-            if not fresh:
-                break
-            if self._eager and len(fresh) > _CROWD:
-                self._raise_priority()
-            for process in fresh:
-                asked.add((process.pid, process.start))
-                if not process.stopped:
-                    self._signal(process, signal.SIGSTOP)
-        return found
+    def _stop(self, fresh: list[Process]) -> None:
+        for process in fresh:
+            self._asked.add((process.pid, process.start))
+            if not process.stopped:
+                self._signal(process, signal.SIGSTOP)
 
     def _signal(self, process: Process, signum: int) -> None:
         try:
             self._table.signal(process, signum)
         except PermissionError:
-            # It changed its user by a privileged program; told to whoever waits for the tree to end.
-            self.refused.add(process.pid)
+            return  # it has changed its user, by a privileged program; it stays found until it ends
 
     def _raise_priority(self) -> None:
         self._eager = False

@@ -11,6 +11,7 @@ Messages (frames of `protocol`, `t` names the kind):
                        exec {n, program, argv, env, cwd} with three descriptors
     shim -> launcher   started {pid, at} · failed {step, errno, detail} · signalled {n, gone}
                        exec_failed {n, step, errno, detail} · exec_exited {n, code}
+                       ending {left} while that takes long
                        exited {code, at, cpu_usec, main_cpu_usec, max_rss}
 """
 
@@ -27,14 +28,15 @@ from typing import Any, NamedTuple, NoReturn
 from worker.launcher.processes import Process, System
 from worker.launcher.program import Birth, Failure, Inherited, read_report, run_now, run_ordered
 from worker.launcher.protocol import FrameBuffer, decode_body, encode_body, frame
-from worker.launcher.reaper import TreeKiller, belonging, exit_code
+from worker.launcher.reaper import Step, TreeKiller, belonging, exit_code
 from worker.launcher.sandbox import Sandboxes
 
 PLAN_START = b'{"t":"plan",'
 
 _MAX_DESCRIPTORS = 64
-_KILL_WAIT_MS = (0, 1, 2, 5, 10, 20, 50)
-_EXEC_KILL_ROUNDS = 20
+_KILL_WAITS_MS = (0, 1, 2, 5, 10, 20, 50)
+_EXEC_KILL_STEPS = 60
+_ENDING_S = 1.0
 
 
 class Spawned:
@@ -321,10 +323,12 @@ class Shim:
         if spawned is None:
             return
         killer = TreeKiller(self._table, lambda: belonging(self._members(), spawned.pid), eager=False)
-        for _ in range(_EXEC_KILL_ROUNDS):
-            if killer.round((spawned.pid,)) == 0:
+        for _ in range(_EXEC_KILL_STEPS):
+            step = killer.step((spawned.pid,))
+            if step is Step.NOTHING:
                 break
-            time.sleep(0.001)  # the kernel ends what was killed in its own time
+            if step is Step.KILLED:
+                time.sleep(0.001)  # the kernel ends what was killed in its own time
 
     def _members(self) -> list[Process]:
         return self._table.members(os.getpid(), self._sessions, ())
@@ -353,19 +357,23 @@ class Shim:
         killer = TreeKiller(self._table, self._members, eager=True)
         poll = select.poll()
         poll.register(self._wake, select.POLLIN)
-        attempt = 0
+        waits = iter(_KILL_WAITS_MS)
+        told = time.monotonic()
         killer.kill_groups(self._leaders())
         while True:
             while self._collect():
                 pass
             if self._childless and self._table.exact:
                 return
-            found = killer.round(self._leaders())
-            if self._childless and not found:
+            step = killer.step(self._leaders())
+            if self._childless and step is Step.NOTHING:
                 return
-            poll.poll(_KILL_WAIT_MS[min(attempt, len(_KILL_WAIT_MS) - 1)])
-            _drain(self._wake)
-            attempt += 1
+            if step is not Step.STOPPED:
+                poll.poll(next(waits, _KILL_WAITS_MS[-1]))
+                _drain(self._wake)
+            if time.monotonic() - told > _ENDING_S:
+                told = time.monotonic()
+                self._send(t="ending", left=killer.found)
 
     def _leaders(self) -> list[int]:
         """Leaders of sessions whose numbers cannot mean another process: they are not reaped yet."""

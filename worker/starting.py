@@ -1,0 +1,211 @@
+"""From `pending`, `exited` or `failed` to a program that runs under its sandbox."""
+
+import signal
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from schemas.errors import ContractError
+from schemas.status import Reason, State
+from worker.container import STARTS, ContainerActor
+from worker.ending import Ender
+from worker.entrypoint import build_env, resolve_command, runnable
+from worker.errors import Conflict, Interrupted, NotFound, StartFailed, Unavailable
+from worker.lifecycle import LIVE, Trigger, next_state
+from worker.platform.base import SandboxPolicy
+from worker.records import ContainerRecord, from_unix_us
+from worker.services import Services
+from worker.supervisor import LaunchedContainer, StartRequest
+from worker.volumes import empty_tmpfs
+from worker.work import Phase, Work, now_utc
+
+
+class Starter:
+    """Starts runs. `ender` is told of a program that ended before its start was told."""
+
+    def __init__(self, services: Services, ender: Ender) -> None:
+        self._services = services
+        self._ender = ender
+
+    def beginning(self, record: ContainerRecord, work: Work) -> ContainerRecord:
+        status = record.status
+        return msgspec.structs.replace(
+            record.with_status(
+                state=next_state(status.state, Trigger.BEGIN),
+                run=status.run + 1,
+                exit_code=None,
+                reason=None,
+                message=None,
+                pid=None,
+                started_at=None,
+                finished_at=None,
+            ),
+            started_by=work.id,
+            intent=None,
+            boot_id=self._services.boot_id,
+        )
+
+    async def start(
+        self,
+        actor: ContainerActor,
+        work: Work,
+        *,
+        also: Callable[[ContainerRecord], ContainerRecord] = lambda r: r,
+        result: dict[str, Any] | None = None,
+    ) -> None:
+        if actor.state is State.STOPPING:
+            await actor.wait_for(lambda: actor.state not in LIVE)
+        if self.was_started(actor, work):
+            return
+        record = actor.record
+        if record is None:
+            raise NotFound(f"there is no container {actor.cid}", field="container")
+        if record.status.state is State.RUNNING:
+            return
+        if record.status.state is not State.INITIALIZING:
+            refuse_when_draining(self._services, work)
+            await actor.transition(Trigger.BEGIN, lambda r: self.beginning(also(r), work), work=work)
+        actor.set_phase(work, Phase.STARTING)
+        record = actor.record
+        assert record is not None
+        run = record.status.run
+        try:
+            await self._launch(actor, work, record, result)
+        except ContractError as failure:
+            error = failure
+            if work.overtaken_by is None:
+                await actor.transition(
+                    Trigger.START_FAILED,
+                    lambda r: r.with_status(
+                        reason=Reason.EXEC_FAILED, message=error.message, finished_at=now_utc()
+                    ),
+                    work=work,
+                    only_if=lambda r: r.status.state is State.INITIALIZING and r.status.run == run,
+                )
+            raise
+
+    def was_started(self, actor: ContainerActor, work: Work) -> bool:
+        """A dead worker had begun this start; adoption has found out what became of it."""
+        record = actor.record
+        if not work.recovered or record is None or record.started_by != work.id:
+            return False
+        if record.status.state is State.INITIALIZING:
+            return False
+        if record.status.state is State.FAILED:
+            raise Interrupted(f"the worker died while {actor.cid} was starting: {record.status.message}")
+        return True
+
+    async def _launch(
+        self, actor: ContainerActor, work: Work, record: ContainerRecord, result: dict[str, Any] | None
+    ) -> None:
+        services, status = self._services, record.status
+        services.logs.attach(actor.cid, status.instance, services.data.container(actor.cid).state, status.run)
+        policy = services.policy_of(record)
+        request = self.start_request(record, policy)
+        scratch = [volume for volume in policy.volumes if volume.kind == "tmpfs"]
+        if scratch:
+            await services.in_thread(empty_tmpfs, scratch)
+        if work.overtaken_by is not None:
+            await self._cancel_start(actor, work, 0)
+        started = await services.launcher.start(request)
+        if work.overtaken_by is not None:
+            exit_record = await services.launcher.kill_tree(actor.cid, status.instance, status.run)
+            await services.launcher.forget(actor.cid, status.instance)
+            await self._cancel_start(actor, work, exit_record.exit_code if exit_record else -signal.SIGKILL)
+        moved = await actor.transition(
+            Trigger.SPAWNED,
+            lambda r: msgspec.structs.replace(
+                r.with_status(pid=started.pid, started_at=from_unix_us(started.started_at_us)),
+                shim_pid=started.shim_pid,
+                shim_start=started.shim_start_time,
+            ),
+            work=work,
+            only_if=lambda r: r.status.state is State.INITIALIZING and r.status.run == status.run,
+            finish=True,
+            result=result,
+        )
+        if not moved:
+            raise StartFailed(f"{actor.cid} was lost while it started")
+        early, actor.early_exit = actor.early_exit, None
+        if early is not None:
+            await self._ender.apply_exit(actor, early)
+
+    async def _cancel_start(self, actor: ContainerActor, work: Work, exit_code: int) -> None:
+        reason = Reason.STOPPED if work.overtaken_by == "stop" else Reason.KILLED
+        await actor.transition(
+            Trigger.CANCEL,
+            lambda r: self.cancelled(r, reason, exit_code),
+            work=work,
+            only_if=lambda r: r.status.state is State.INITIALIZING,
+        )
+        raise Conflict(f"overtaken by a later {work.overtaken_by}")
+
+    def cancelled(self, record: ContainerRecord, reason: Reason, exit_code: int = 0) -> ContainerRecord:
+        return record.with_status(
+            state=State.EXITED,
+            exit_code=exit_code,
+            reason=reason,
+            message=None,
+            finished_at=now_utc(),
+        )
+
+    async def adopt_running(self, actor: ContainerActor, found: LaunchedContainer | None) -> None:
+        """The worker died between the launcher's start and its own commit: the program does run (or did)."""
+        await actor.transition(
+            Trigger.SPAWNED,
+            lambda r: msgspec.structs.replace(
+                r.with_status(
+                    pid=None if found is None else found.pid,
+                    started_at=now_utc() if found is None else from_unix_us(found.started_at_us),
+                ),
+                shim_pid=None if found is None else found.shim_pid,
+                shim_start=None if found is None else found.shim_start_time,
+            ),
+        )
+
+    def start_request(self, record: ContainerRecord, policy: SandboxPolicy) -> StartRequest:
+        """What the launcher needs for a run of this container under `policy`."""
+        services, status, spec = self._services, record.status, record.spec
+        plan = services.plan(policy)
+        dirs = services.data.container(status.container)
+        image = services.image_config(status.image_digest)
+        environment = build_env(
+            spec,
+            config=services.config,
+            node=services.node,
+            cid=status.container,
+            instance=status.instance,
+            port=status.port,
+            tmp=dirs.tmp,
+            image=image,
+            secrets=services.secrets,
+            default_path=services.driver.default_path(),
+        )
+        command = resolve_command(
+            spec,
+            image,
+            dirs.rootfs,
+            environment["PATH"],
+            volumes=policy.volumes,
+            may_run=runnable(policy, services.driver.search_dirs()),
+        )
+        return StartRequest(
+            cid=status.container,
+            instance=status.instance,
+            run=status.run,
+            program=command.program,
+            argv=command.argv,
+            env=environment,
+            cwd=command.cwd,
+            plan=plan,
+            state_dir=str(dirs.state),
+            max_log_bytes=None if spec.logs is None else spec.logs.kept_bytes,
+            max_rate=None if spec.logs is None else spec.logs.max_rate_bytes,
+        )
+
+
+def refuse_when_draining(services: Services, work: Work) -> None:
+    """Raises Unavailable for new work on a draining node; what a dead worker had begun goes on."""
+    if services.draining and not work.recovered and work.verb in STARTS:
+        raise Unavailable("this node is draining and takes no new work; `resume` ends that")
