@@ -13,7 +13,7 @@ from schemas.node import NodeInfo, NodeState
 from schemas.spec import CommandSpec
 from schemas.status import State, Stats
 from schemas.subjects import build_cid
-from worker.entrypoint import ResolvedCommand, resolve_command, runnable
+from worker.entrypoint import ResolvedCommand, resolve_command
 from worker.errors import Conflict, DeadlineExceeded, NotFound
 from worker.log_query import read_lines
 from worker.platform.base import Profile, SandboxPolicy
@@ -169,7 +169,7 @@ class Queries:
             services.data.container(status.container).rootfs,
             path,
             volumes=policy.volumes,
-            may_run=runnable(policy, services.driver.search_dirs()),
+            may_run=services.may_run(policy),
         )
 
     async def profile(self, request: q.ProfileRequest) -> Profile:

@@ -16,6 +16,7 @@ from schemas.status import ContainerStatus, Stats
 from schemas.subjects import Subjects
 from worker.config import Config
 from worker.datadir import ContainerDirs, DataDir
+from worker.entrypoint import runnable
 from worker.errors import CreateFailed, PolicyDenied, PullFailed, ResourceExhausted, Unsupported
 from worker.ids import new_ulid
 from worker.images.model import ImageConfig, oci_platform
@@ -67,6 +68,7 @@ class Services:
     attach_launcher: Callable[[], Awaitable[None]] | None = None
     container_count: Callable[[], int] = field(default=lambda: 0)
     _plans: dict[str, tuple[SandboxPolicy, dict[str, Any]]] = field(default_factory=dict)
+    _search_dirs: tuple[str, ...] | None = None
     _image_configs: dict[str, ImageConfig] = field(default_factory=dict)
 
     async def in_thread(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
@@ -101,6 +103,12 @@ class Services:
         plan = self.driver.plan(policy)
         self._plans[policy.instance] = (policy, plan)
         return plan
+
+    def may_run(self, policy: SandboxPolicy) -> Callable[[str], bool]:
+        """Whether the sandbox lets a host file run. The system's folders are looked up once."""
+        if self._search_dirs is None:
+            self._search_dirs = self.driver.search_dirs()
+        return runnable(policy, self._search_dirs)
 
     def check_image(self, name: str) -> None:
         check_image(name, self.config)

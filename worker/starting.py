@@ -10,7 +10,7 @@ from schemas.errors import ContractError
 from schemas.status import Reason, State
 from worker.container import STARTS, ContainerActor
 from worker.ending import Ender
-from worker.entrypoint import build_env, resolve_command, runnable
+from worker.entrypoint import build_env, resolve_command
 from worker.errors import Conflict, Interrupted, NotFound, StartFailed, Unavailable
 from worker.lifecycle import LIVE, Trigger, next_state
 from worker.platform.base import SandboxPolicy
@@ -188,7 +188,7 @@ class Starter:
             dirs.rootfs,
             environment["PATH"],
             volumes=policy.volumes,
-            may_run=runnable(policy, services.driver.search_dirs()),
+            may_run=services.may_run(policy),
         )
         return StartRequest(
             cid=status.container,

@@ -104,7 +104,7 @@ async def test_leaders_change_and_servers_die(
         chunks = [asyncio.create_task(chunk(turn * 50 + number)) for number in range(50)]
         working = asyncio.create_task(load(turn))
         await patiently(disturb)
-        await asyncio.wait_for(asyncio.gather(working, *chunks), 20)
+        await asyncio.wait_for(asyncio.gather(working, *chunks), 30)
 
     name = await leader(admin, "SANDFLEET_EVT")
     dying = next(server for number, server in enumerate(cluster) if f"s{number}" == name)
@@ -112,8 +112,8 @@ async def test_leaders_change_and_servers_die(
     working = asyncio.create_task(load(3))
     await dying.stop(kill=True)
     await asyncio.wait_for(asyncio.gather(working, *chunks), 30)
-    assert await outbox.drained(20)
-    await until(lambda: set(seen) == {b"%d" % number for number in range(20)}, 20)
+    assert await outbox.drained(30)
+    await until(lambda: set(seen) == {b"%d" % number for number in range(20)}, 30)
 
     for task in tasks:
         task.cancel()
@@ -122,6 +122,8 @@ async def test_leaders_change_and_servers_die(
         for ended in await asyncio.gather(*tasks, return_exceptions=True)
     )
     await journal.close()
+    for stream in ("SANDFLEET_EVT", "SANDFLEET_LOG"):
+        assert await leader(admin, stream)
     async with StreamReader(admin, "SANDFLEET_EVT", follow=False) as reader:
         sequence = [b'"seq":%d,' % number in message.data async for number, message in numbered(reader)]
     assert sequence == [True] * 800

@@ -38,7 +38,7 @@ SILENCE_S = 2.5 * HEARTBEAT_S
 MAX_PULL_BYTES = 8 * 1024 * 1024
 FENCE_PAUSE_S = 0.5
 PATIENCE_S = 2.0  # for one answer of the API: a leader that steps down takes the question with it
-LONGEST_PATIENCE_S = 15.0
+LONGEST_PATIENCE_S = 5.0
 RETRY_S = 0.1
 LONGEST_RETRY_S = 2.0
 REPORT_EVERY_S = 30.0
@@ -368,7 +368,7 @@ class CommandConsumer:
         try:
             answer = await self._bus.js.api(call, request, timeout=self._patience_s)
         except NoAnswer:
-            self._patience_s = min(self._patience_s * 2, LONGEST_PATIENCE_S)
+            self._patience_s = min(self._patience_s * 1.5, LONGEST_PATIENCE_S)
             raise
         self._patience_s = PATIENCE_S
         return answer

@@ -35,7 +35,7 @@ READ_BYTES = 4 * 1024 * 1024
 KEEP = timedelta(minutes=10)
 EXPIRE_EVERY_S = 60.0
 PATIENCE_S = 2.0  # for one answer: a leader that steps down takes what it was asked with it
-LONGEST_PATIENCE_S = 15.0
+LONGEST_PATIENCE_S = 5.0
 RETRY_S = 0.02
 LONGEST_RETRY_S = 2.0
 REPORT_EVERY_S = 30.0
@@ -232,7 +232,7 @@ class OutboxPublisher:
 
     def _lose_patience(self, failure: Unavailable) -> None:
         if isinstance(failure, NoAnswer):
-            self._patience_s = min(self._patience_s * 2, LONGEST_PATIENCE_S)
+            self._patience_s = min(self._patience_s * 1.5, LONGEST_PATIENCE_S)
 
     async def _wait_for_work(self, until: float) -> None:
         try:
@@ -369,7 +369,7 @@ class OutboxPublisher:
         if message is not None and head is not None:
             shown = Shown(message.stream_seq, head.epoch, head.boot, head.seq, ours)
         if needs_deleted(epoch=epoch, position=position, stream=stream, shown=shown):
-            info = await js.stream_info(self.stream, deleted=True, timeout=LONGEST_PATIENCE_S)
+            info = await js.stream_info(self.stream, deleted=True, timeout=3 * LONGEST_PATIENCE_S)
             stream = Stream(info.created, info.first_seq, info.last_seq, info.num_deleted, info.deleted)
         if session != self._bus.session:
             raise NotConnected("the connection changed while the stream was looked at")

@@ -69,7 +69,7 @@ class WireClient(Client):
             # nats-py waits for ever for the end of a stream whose upgrade to TLS failed.
             transport, self._transport = self._transport, None
             if transport is not None:
-                transport.close()
+                transport.close()  # type: ignore[no-untyped-call]
             await self.close()
             raise
 

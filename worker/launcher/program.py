@@ -64,6 +64,7 @@ def run_ordered(birth: Birth, order: socket.socket) -> NoReturn:
     """Become the program that `order` will tell. Never returns."""
     try:
         if _settle(birth):
+            birth.sandboxes.ahead()
             message = _await(order)
             if message is not None:
                 _become(birth, message)

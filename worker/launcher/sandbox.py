@@ -37,6 +37,12 @@ class Sandboxes:
                 module.settle()
             self._module = module
 
+    def ahead(self) -> None:
+        """Do what is the same for every plan, in a child that waits for its order."""
+        prepare_ahead = getattr(self._module, "ahead", None)
+        if prepare_ahead is not None:
+            prepare_ahead()
+
     def check(self, plan: dict[str, Any]) -> None:
         """Refused when nothing here can carry out `plan`."""
         platform = plan.get("platform")
