@@ -467,11 +467,11 @@ async def main() -> int:
     if code == 0:
         console.print(f"\n  All of it in [bold]{time.monotonic() - began:.1f} s[/]. Now try it yourself:\n")
         for command, what in (
-            (".venv/bin/sandfleet dev", "a server and a worker of your own, in the foreground"),
-            (".venv/bin/sandfleet run examples/web.yaml", "in a second terminal: a web server"),
+            (".venv/bin/sandfleet dev", "a node of your own, in the foreground; in a second terminal:"),
+            (".venv/bin/sandfleet register web:1 examples/web", "then: sandfleet run examples/web.yaml"),
             (".venv/bin/sandfleet top", "watch it"),
         ):
-            console.print(f"    [cyan]{command:44}[/] [dim]{what}[/]")
+            console.print(f"    [cyan]{command:50}[/] [dim]{what}[/]")
         console.print()
     return code
 

@@ -25,6 +25,7 @@ class Feature(OpenEnum):
     NETWORK_UDP = "network.udp"
     UNIX_SOCKETS = "unix_sockets"
     ABSTRACT_SOCKETS = "abstract_sockets"
+    FILES = "files"
     FILE_METADATA = "file_metadata"
     IPC = "ipc"
     SIGNALS = "signals"

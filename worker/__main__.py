@@ -1,5 +1,6 @@
 """Entry point of `sandfleet` and of `python -m worker`."""
 
+import io
 import sys
 
 
@@ -7,6 +8,10 @@ def main() -> None:
     """Run the command line and leave with its exit code."""
     from worker.cli.app import run
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A name that the terminal's encoding lacks must not keep the rest from being shown.
+            stream.reconfigure(errors="replace")
     sys.exit(run(sys.argv[1:]))
 
 

@@ -34,6 +34,7 @@ from worker.handlers import CommandHandler
 from worker.images.store import ImageStore
 from worker.journal import Journal, Tx
 from worker.late import LateSink
+from worker.log import register_secret
 from worker.logs import LogShipper
 from worker.node_commands import DRAINING_KEY, NodeCommands
 from worker.node_info import NodeDescription, package_version
@@ -120,6 +121,10 @@ class Agent:
     async def build(cls, config: Config, *, takeover: bool) -> AsyncIterator["Agent"]:
         """Everything that needs no server: after this, containers are adopted and looked after."""
         async with AsyncExitStack() as stack:
+            for server in parse_servers(config.nats.url):
+                for kind in ("password", "token"):
+                    if kind in server.secret:
+                        register_secret(server.secret[kind])
             data = DataDir.open(config.data_dir, node=config.node.name, takeover=takeover)
             stack.callback(data.close)
             journal = await Journal.open(

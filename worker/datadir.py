@@ -43,8 +43,9 @@ LOCK_PAUSE_S = 0.01
 
 _DIRECTORIES = ("images", "volumes", "containers", "spool", "secrets")
 _SECRET_FILES = ("launcher.key",)
+_LAUNCHER_FILES = ("launcher.sock", "launcher.lock", "launcher.json", "launcher.log", "launcher.trees")
 _FILES = ("worker.lock", "node.json", "worker.db", "worker.db-wal", "worker.db-shm")
-_KNOWN = frozenset((*_DIRECTORIES, *_SECRET_FILES, *_FILES, "launcher.sock", "lost+found", ".DS_Store"))
+_KNOWN = frozenset((*_DIRECTORIES, *_SECRET_FILES, *_FILES, *_LAUNCHER_FILES, "lost+found", ".DS_Store"))
 _KEY = re.compile(r"[0-9a-f]{64}\n?")
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -236,10 +237,11 @@ def _private_file(path: Path) -> None:
         raise Configuration(f"{path} is no regular file: move it away")
     _check_owner(path, found)
     if path.name in _SECRET_FILES and stat.S_IMODE(found.st_mode) & 0o077:
-        raise Configuration(
-            f"{path} could be read by others (mode {stat.S_IMODE(found.st_mode):04o}): stop the launcher,"
-            " delete the file and start again, which makes a new one"
-        )
+        # Landlock cannot forbid chmod, so a container can loosen what its user owns; it must not thereby keep the
+        # worker from starting. The launcher reads the file at each connect: a new secret takes effect at once.
+        logger.warning("{} was open to others (mode {:04o}): making a new one", path, stat.S_IMODE(found.st_mode))
+        path.unlink()
+        return
     _tighten(path, found, 0o600)
 
 

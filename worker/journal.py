@@ -48,7 +48,7 @@ __all__ = [
 ]
 
 MAX_GROUP = 256
-LAZY_S = 0.05
+LAZY_S = 1.0
 SWITCH_S = 0.001
 PATIENCE_S = 0.002
 GIVE_WAY_S = 0.002
@@ -156,7 +156,7 @@ class Journal:
 
         What it raises undoes it alone and comes back here. ResourceExhausted when the disk does not take it:
         nothing of it happened, and the journal works again when the disk does. Giving up the wait does not
-        undo it. `lazy` lets it wait up to 50 ms for a commit that others need anyway: for what may be late.
+        undo it. `lazy` lets it wait up to a second for a commit that others need anyway: for what may be late.
         """
         due = time.monotonic() + LAZY_S if lazy else 0.0
         return await self._submit(function, writes=True, due=due)

@@ -149,7 +149,7 @@ class LogStream:
         if self._again:
             return self._sent(self._repeat(self._again.pop(0)), 0.0, now)
         thorough = self._thorough or self.known_end > self.reader.offset
-        span = self.reader.span(self.source.max_chunk_bytes, thorough=thorough)
+        span = self.reader.span(MAX_CHUNK_BYTES, thorough=thorough)
         if span is None:
             self._thorough = False
             return Next(None, None)
@@ -193,7 +193,7 @@ class LogStream:
                 reader.commit(span)
                 data += part
                 part = b""
-                following = self._following(run, self.source.max_chunk_bytes - len(data))
+                following = self._following(run, MAX_CHUNK_BYTES - len(data))
             elif span.full or (span.last and len(part) >= ENOUGH_BYTES):
                 part = part[: newline_cut(part)]
         if part:
@@ -282,12 +282,11 @@ class LogSource:
     comes. `blocked`: an older instance of the container goes first.
     """
 
-    __slots__ = ("blocked", "cid", "closing", "folder", "instance", "max_chunk_bytes", "run", "streams")
+    __slots__ = ("blocked", "cid", "closing", "folder", "instance", "run", "streams")
 
     def __init__(self, cid: str, instance: str, folder: Path, run: int, subjects: dict[str, str]) -> None:
         self.cid, self.instance, self.folder, self.run = cid, instance, folder, run
         self.closing = self.blocked = False
-        self.max_chunk_bytes = MAX_CHUNK_BYTES
         self.streams = {name: LogStream(self, name, subjects[name]) for name in STREAMS}
 
     def move_to(self, folder: Path) -> None:

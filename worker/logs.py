@@ -24,7 +24,7 @@ from schemas.errors import ContractError
 from schemas.subjects import Subjects
 from worker.capture_files import STREAMS, capture_files, write_incomplete_eof
 from worker.errors import Internal
-from worker.log_chunks import MAX_CHUNK_BYTES, Chunk, StoredChunk
+from worker.log_chunks import Chunk, StoredChunk
 from worker.log_cursors import CursorJournal, Cursors
 from worker.log_queue import StreamQueue
 from worker.log_sent import SentLog
@@ -37,7 +37,8 @@ WORKERS = 32
 MAX_OPEN = 4096
 DOUBT_S = 1.0
 DOUBTS = 3
-RETRY_S, LONGEST_RETRY_S = 0.25, 30.0
+RETRY_S, LONGEST_RETRY_S = 0.25, 5.0
+REPORT_EVERY_S = 30.0
 SENT_LOG = "sent.log"
 
 
@@ -60,20 +61,19 @@ class LogShipper:
         node: str,
         spool_dir: Path,
         ack_output: Callable[[str, str, int], object],
-        max_chunk_bytes: int = MAX_CHUNK_BYTES,
     ) -> None:
         self._sink = sink
         self._subjects = subjects
         self._node = node
         self._spool = Spool(spool_dir)
         self._ack_output = ack_output
-        self._max_chunk_bytes = min(max_chunk_bytes, MAX_CHUNK_BYTES)
         self._sent = SentLog(spool_dir / SENT_LOG)
         self._queue = StreamQueue()
         self._sources: dict[str, LogSource] = {}
         self._by_cid: dict[str, list[LogSource]] = {}
         self._cursors = Cursors(journal, self._sent, self._streams)
         self._loaded = self._adopted = False
+        self._reported = float("-inf")
         self._max_open = _open_limit()
         self._open: OrderedDict[LogStream, None] = OrderedDict()
 
@@ -98,16 +98,17 @@ class LogShipper:
 
     def attach(self, cid: str, instance: str, state_dir: Path, run: int) -> None:
         """Ship what is and will be captured in `state_dir`; `run` is begun next, or was begun last.
-        Idempotent.
 
-        Before each start, and at boot for every container that was ever started.
+        To be called before each start, and at boot for every container that was ever started. Idempotent.
         """
         self._spool.take_back(instance, state_dir)
         source = self._sources.get(instance)
         if source is None:
-            for older in self._by_cid.get(cid, ()):
-                older.closing = True
-                self._look(older)
+            for older in [found for found in self._by_cid.get(cid, ()) if not found.closing]:
+                logger.error(
+                    "the log of {} ({}) was not taken over when it was replaced", cid, older.instance
+                )
+                self._finish(older)
             source = self._add(cid, instance, state_dir, run)
         source.run = max(source.run, run)
         source.closing = False
@@ -193,11 +194,6 @@ class LogShipper:
         self._drop_strangers()
         return found
 
-    @property
-    def unsent(self) -> int:
-        """How many streams have something under way or waiting, as far as is known."""
-        return sum(s.queued or s.due is not None or s.unsettled for s in self._streams())
-
     # -- sources
 
     def _streams(self) -> Iterator[LogStream]:
@@ -205,12 +201,9 @@ class LogShipper:
             yield from source.streams.values()
 
     def _add(self, cid: str, instance: str, folder: Path, run: int, *, old: bool = False) -> LogSource:
-        """Instances of one container are shipped one after the other, so that the subject's newest message
-        tells.
-        """
+        """Instances of one container go one after the other: a subject's newest message is of the newest."""
         subjects = {name: self._subjects.log(self._node, cid, name) for name in STREAMS}
         source = LogSource(cid, instance, folder, run, subjects)
-        source.max_chunk_bytes = self._max_chunk_bytes
         self._sources[instance] = source
         line = self._by_cid.setdefault(cid, [])
         at = sum(other.closing and other.instance < instance for other in line) if old else len(line)
@@ -310,7 +303,7 @@ class LogShipper:
                 await self._sink.publish(stream.subject, chunk.data, chunk.headers)
                 return
             except ContractError as failure:
-                logger.warning("a chunk of {} is not stored yet: {}", stream.subject, failure.message)
+                self._report(stream, failure)
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(pause * 2, LONGEST_RETRY_S)
 
@@ -344,13 +337,19 @@ class LogShipper:
             self._ack_output(stream.source.cid, stream.name, offset)
 
     def _look_after_failure(self, stream: LogStream, failure: ContractError | OSError) -> None:
-        if stream.failures % 10 == 0:
-            logger.warning("the log {} of {} waits: {}", stream.name, stream.source.cid, failure)
+        self._report(stream, failure)
         pause = min(RETRY_S * 2 ** min(stream.failures, 10), LONGEST_RETRY_S)
         stream.failures += 1
         stream.reader.close()
         stream.look_thoroughly()
         self._queue.put_later(stream, pause * random.uniform(0.5, 1.0))
+
+    def _report(self, stream: LogStream, failure: ContractError | OSError) -> None:
+        """What hinders one stream is likely to hinder all: told now and then."""
+        now = time.monotonic()
+        if now - self._reported > REPORT_EVERY_S:
+            self._reported = now
+            logger.warning("the log {} of {} waits: {}", stream.name, stream.source.cid, failure)
 
     def _remember_open(self, stream: LogStream) -> None:
         """Keep the files of the streams that were used last open, and no more than that."""
@@ -362,9 +361,7 @@ class LogShipper:
     # -- where to go on
 
     async def _locate(self, stream: LogStream) -> bool:
-        """Find where to go on; the stream is asked only if there is something to send. False: not known
-        yet.
-        """
+        """Find where to go on, asking the stream only if there is something to send. False: not known yet."""
         self._cursors.recall(stream)
         acked = stream.flights.position
         if stream.nothing_new(acked):

@@ -106,6 +106,7 @@ class NodeCommands:
     async def _image(self, work: Work) -> None:
         images, command = self._services.images, work.command
         if isinstance(command, PullImage):
+            self._services.check_image(command.image)
             known = await images.pull(command.image, command.policy, command.auth)
             await self._complete(
                 work, {"digest": known.digest}, self._changed(work, known, ImageAction.PULLED)

@@ -19,7 +19,7 @@ from worker.ids import new_ulid
 from worker.lifecycle import LIVE, Trigger
 from worker.records import ContainerRecord
 from worker.services import Services
-from worker.starting import Starter, refuse_when_draining
+from worker.starting import Starter, refuse_when_draining, refuse_when_full
 from worker.work import Phase, Work, now_utc, write_completion, write_state
 
 T = TypeVar("T")
@@ -44,6 +44,7 @@ class ContainerOperations:
             return None
         before = record.status.state
         if isinstance(command, Start):
+            refuse_when_full(self._services)
             return self._begin(before, self.starter.beginning(record, work), work)
         if isinstance(command, Stop) and before is State.RUNNING:
             return self._begin(before, self.ender.stopping(record), work)

@@ -43,7 +43,8 @@ class Runtime:
         self._tasks: asyncio.TaskGroup | None = None
         self._running: set[asyncio.Task[None]] = set()
         services.remove_later = self._remove_later
-        services.container_count = lambda: len(self.containers())
+        services.container_count = lambda: sum(1 for a in self._actors.values() if a.record is not None)
+        services.live_count = self.live_count
 
     @asynccontextmanager
     async def open(self) -> AsyncIterator["Runtime"]:

@@ -67,6 +67,7 @@ class Services:
     measure: Callable[[Target], Awaitable[Stats | None]] | None = None
     attach_launcher: Callable[[], Awaitable[None]] | None = None
     container_count: Callable[[], int] = field(default=lambda: 0)
+    live_count: Callable[[], int] = field(default=lambda: 0)
     _plans: dict[str, tuple[SandboxPolicy, dict[str, Any]]] = field(default_factory=dict)
     _search_dirs: tuple[str, ...] | None = None
     _image_configs: dict[str, ImageConfig] = field(default_factory=dict)

@@ -11,7 +11,14 @@ from schemas.status import Reason, State
 from worker.container import STARTS, ContainerActor
 from worker.ending import Ender
 from worker.entrypoint import build_env, resolve_command
-from worker.errors import Conflict, Interrupted, NotFound, StartFailed, Unavailable
+from worker.errors import (
+    Conflict,
+    Interrupted,
+    NotFound,
+    ResourceExhausted,
+    StartFailed,
+    Unavailable,
+)
 from worker.lifecycle import LIVE, Trigger, next_state
 from worker.platform.base import SandboxPolicy
 from worker.records import ContainerRecord, from_unix_us
@@ -65,6 +72,7 @@ class Starter:
             return
         if record.status.state is not State.INITIALIZING:
             refuse_when_draining(self._services, work)
+            refuse_when_full(self._services)
             await actor.transition(Trigger.BEGIN, lambda r: self.beginning(also(r), work), work=work)
         actor.set_phase(work, Phase.STARTING)
         record = actor.record
@@ -209,3 +217,10 @@ def refuse_when_draining(services: Services, work: Work) -> None:
     """Raises Unavailable for new work on a draining node; what a dead worker had begun goes on."""
     if services.draining and not work.recovered and work.verb in STARTS:
         raise Unavailable("this node is draining and takes no new work; `resume` ends that")
+
+
+def refuse_when_full(services: Services) -> None:
+    """Raises ResourceExhausted when the operator has bounded how many containers run, and so many do."""
+    slots = services.config.node.slots
+    if slots is not None and services.live_count() >= slots:
+        raise ResourceExhausted(f"all {slots} slots of this node are taken (node.slots)")

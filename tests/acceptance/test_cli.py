@@ -1,8 +1,10 @@
 """`sandfleet dev` and the other verbs as a person uses them: whole processes, a real server, real sandboxes."""
 
+import contextlib
 import hashlib
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -51,7 +53,12 @@ class Dev:
                 cwd=home,
                 env=self.env,
             )
-        until(self.ready, "dev did not become ready: " + self.said())
+        try:
+            until(self.ready, "dev did not become ready")
+        except BaseException:
+            self.process.kill()
+            self.process.wait()
+            raise
 
     def ready(self) -> bool:
         assert self.process.poll() is None, self.said()
@@ -75,15 +82,21 @@ class Dev:
             assert done.returncode == 0, done.stderr + self.said()
         return done  # type: ignore[no-any-return]
 
-    def start(self, *words: object) -> "subprocess.Popen[bytes]":
-        return subprocess.Popen(
+    @contextlib.contextmanager
+    def started(self, *words: object) -> Iterator["subprocess.Popen[bytes]"]:
+        """A verb that goes on, killed at the end if it still does."""
+        with subprocess.Popen(
             [SANDFLEET, *map(str, words)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env=self.env,
             cwd=self.home,
-        )
+        ) as process:
+            try:
+                yield process
+            finally:
+                process.kill()
 
     def end(self) -> int:
         if self.process.poll() is None:
@@ -96,32 +109,36 @@ class Dev:
             raise
 
     def left(self) -> list[str]:
-        """Command lines of living processes that have to do with this home."""
-        found = []
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit():
-                try:
-                    line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-                except OSError:
-                    continue  # it has just ended
-                if str(self.home) in line:
-                    found.append(line)
-        return found
+        return list(processes_of(self.home).values())
 
 
-@pytest.fixture(scope="module")
-def module_home() -> Iterator[Path]:
-    """Short, as a unix socket's path must be."""
+def processes_of(home: Path) -> dict[int, str]:
+    """Living processes that were started for this home, by their command lines."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                line = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            except OSError:
+                continue  # it has just ended
+            if str(home) in line:
+                found[int(entry.name)] = line
+    return found
+
+
+def make_home() -> Iterator[Path]:
+    """A short path, as a unix socket's must be; whatever still runs there afterwards is ended."""
     home = Path(tempfile.mkdtemp(prefix="sandfleet-cli-"))
     yield home
+    for pid in processes_of(home):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    until(lambda: not processes_of(home), "processes that cannot be killed")
     shutil.rmtree(home, ignore_errors=True)
 
 
-@pytest.fixture
-def home() -> Iterator[Path]:
-    home = Path(tempfile.mkdtemp(prefix="sandfleet-cli-"))
-    yield home
-    shutil.rmtree(home, ignore_errors=True)
+module_home = pytest.fixture(make_home, scope="module", name="module_home")
+home = pytest.fixture(make_home, name="home")
 
 
 @pytest.fixture(scope="module")
@@ -204,26 +221,27 @@ def test_a_reader_that_goes_away_ends_logs_quietly(dev: Dev) -> None:
 
 
 def test_ctrl_c_stops_what_run_wait_began(dev: Dev) -> None:
-    following = dev.start("run", "-w", "--name", "long", "demo", "--", "sh", "-c", "echo up; exec sleep 600")
-    assert following.stdout is not None
-    assert following.stdout.readline() == b"up\n"
-    following.send_signal(signal.SIGINT)
-    _, err = following.communicate(timeout=DEADLINE_S)
-    assert following.returncode == 143
-    assert b"stopping long-0" in err
+    words = ("run", "-w", "--name", "long", "demo", "--", "sh", "-c", "echo up; exec sleep 600")
+    with dev.started(*words) as following:
+        assert following.stdout is not None
+        assert following.stdout.readline() == b"up\n"
+        following.send_signal(signal.SIGINT)
+        _, err = following.communicate(timeout=DEADLINE_S)
+        assert following.returncode == 143
+        assert b"stopping long-0" in err
     dev.run("rm", "long")
 
 
 @pytest.mark.parametrize("words", [("events", "-f"), ("top", "--json", "-i", "100s")])
 def test_ctrl_c_ends_what_follows_with_130(words: tuple[str, ...], dev: Dev) -> None:
-    following = dev.start(*words)
-    assert following.stdout is not None
-    if words[0] == "events":
-        dev.run("tag", "demo", "demo:again")
-    assert following.stdout.readline()
-    following.send_signal(signal.SIGINT)
-    _, err = following.communicate(timeout=DEADLINE_S)
-    assert (following.returncode, err) == (130, b"")
+    with dev.started(*words) as following:
+        assert following.stdout is not None
+        while words[0] == "events" and not select.select([following.stdout], [], [], 0.2)[0]:
+            dev.run("tag", "demo", "demo:again")
+        assert following.stdout.readline()
+        following.send_signal(signal.SIGINT)
+        _, err = following.communicate(timeout=DEADLINE_S)
+        assert (following.returncode, err) == (130, b"")
 
 
 def test_a_spec_file_with_several_services(dev: Dev) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from tests.integration.launcher_help import Hearing, Home, alive, data_directory, until
 from worker.errors import Conflict, NotFound, Unsupported
-from worker.supervisor import Launcher, LaunchFailed, read_exit_record
+from worker.supervisor import ExitRecord, Launcher, LaunchFailed, read_exit_record
 
 pytestmark = pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="reads /proc")
 
@@ -54,12 +54,12 @@ async def test_exit_codes(home: Home, launcher: Launcher, heard: Hearing, script
 
 
 async def test_record_is_on_disk_before_it_is_told(home: Home, launcher: Launcher, heard: Hearing) -> None:
-    found: list[object] = []
-    launcher.on_exit = lambda told: found.append((told, read_exit_record(home.state("a-0"))))
+    on_disk: list[ExitRecord | None] = []
+    launcher.on_exit = lambda told: on_disk.append(read_exit_record(home.state(told.cid)))
     await launcher.start(home.shell("a-0", "exit 3"))
-    await until(lambda: found)
-    told, on_disk = found[0]  # type: ignore[misc]
-    assert told == on_disk
+    await until(lambda: on_disk)
+    [container] = await launcher.containers()
+    assert on_disk == [container.exit]
 
 
 async def test_no_record_without_a_run(home: Home) -> None:

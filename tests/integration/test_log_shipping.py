@@ -160,4 +160,4 @@ async def test_kills_of_the_server_and_rotation_meanwhile(
             at += len(message.data) + int(message.headers.get(LOST, "0"))
             reasons.add(message.headers.get(LOST_REASON))
         assert at == len(program.written[stream])
-        assert reasons == {None, "size"}
+        assert reasons <= {None, "size"}

@@ -325,7 +325,7 @@ class TestPressure:
                 writer.write(b"up\n")
                 shipper.attach(f"web-{number}", f"{A[:-3]}{number:03}", writer.folder, 1)
             await until(lambda: len(node.sink.sent_at) == 100 and node.journal.commits)
-            await until(lambda: shipper.unsent == 0)
+            await until(lambda: shipper._queue.idle)
             # No timer, nothing to save, and every worker waits to be called.
             assert shipper._queue.idle
             assert not shipper._cursors._to_save.is_set()
@@ -397,7 +397,7 @@ class TestRestart:
         node.sink.asked.clear()
         async with node.worker() as shipper:
             shipper.attach("web-0", A, node.state(), 1)
-            await until(lambda: shipper.unsent == 0 and node.acked.count(("web-0", "stdout", 3)) > 1)
+            await until(lambda: shipper._queue.idle and node.acked.count(("web-0", "stdout", 3)) > 1)
         assert node.sink.asked == []
 
     async def test_a_stream_that_lost_messages_is_believed_after_a_while(
@@ -520,6 +520,21 @@ class TestSpool:
         order = [message.headers["Sandfleet-Instance"] for message in node.sink.server().ever]
         assert order == sorted(order)
         judge(node.sink.server().of(A), old)
+        judge(node.sink.server().of(B), new)
+
+    async def test_an_instance_that_was_replaced_without_it_is_dropped(self, node: Node) -> None:
+        old = node.writer()
+        old.write(b"old")
+        async with node.worker() as shipper:
+            shipper.attach("web-0", A, node.state(), 1)
+            await until(lambda: reach(node.sink.server()) == 3)
+            for name in capture_files(node.state()):
+                (node.state() / name).unlink()
+            new = node.writer()
+            new.write(b"new output")
+            shipper.attach("web-0", B, node.state(), 1)
+            await until(lambda: node.sink.server().of(B))
+        assert len(node.sink.server().of(A)) == 1
         judge(node.sink.server().of(B), new)
 
     async def test_a_removal_that_a_crash_stopped_is_taken_back(self, node: Node) -> None:

@@ -69,11 +69,10 @@ def parse_ack(reply: str) -> Ack | None:
         return None
     try:
         deliveries, stream_seq, consumer_seq, nanos, pending = (int(token) for token in rest[2:])
-    except ValueError:
+        seconds, rest_ns = divmod(nanos, 1_000_000_000)
+        moment = datetime.fromtimestamp(seconds, UTC).replace(microsecond=rest_ns // 1000)
+    except (ValueError, OverflowError, OSError):
         return None
-    moment = datetime.fromtimestamp(nanos // 1_000_000_000, UTC).replace(
-        microsecond=nanos // 1000 % 1_000_000
-    )
     return Ack(rest[0], rest[1], deliveries, stream_seq, consumer_seq, moment, pending)
 
 

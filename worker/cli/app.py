@@ -97,7 +97,10 @@ COMMON_FLAGS = ("--json",)
 def run(argv: list[str]) -> int:
     """Do what `argv` says; the exit code. With SANDFLEET_DEBUG a bug of ours shows its traceback."""
     try:
-        return _dispatch(argv)
+        code = _dispatch(argv)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
     except UsageError as failure:
         _fail(failure.message + _help_hint(failure))
         return USAGE
@@ -143,7 +146,10 @@ def _perform(verb: Verb, args: Any) -> int:
         if inspect.iscoroutine(result):
             import asyncio
 
-            result = asyncio.run(result)
+            try:
+                result = asyncio.run(result)
+            except asyncio.CancelledError:
+                return INTERRUPTED
     except ContractError as failure:
         context.out.error(sentence(failure))
         return exit_code(failure)

@@ -52,28 +52,38 @@ class Output:
         self.colour = colours(self.stdout)
         self.terminal = is_terminal(self.stdout)
         self._error_colour = colours(self.stderr)
+        self._busy: Busy | None = None
 
     def paint(self, text: str, style: Style) -> str:
         return paint(text, style, self.colour)
 
     def line(self, text: str = "") -> None:
         """A line on stdout, printed at once: a reader of a pipe follows along."""
+        self._clear_busy()
         print(text, file=self.stdout, flush=True)
 
     def note(self, text: str, style: Style = "dim") -> None:
         """A remark on stderr."""
-        print(paint(clean(text), style, self._error_colour), file=self.stderr, flush=True)
+        self._say(paint(clean(text), style, self._error_colour))
 
     def warning(self, text: str) -> None:
-        head = paint("warning:", "warn", self._error_colour)
-        print(f"{head} {clean(text)}", file=self.stderr, flush=True)
+        self._say(f"{paint('warning:', 'warn', self._error_colour)} {clean(text)}")
 
     def error(self, text: str) -> None:
-        head = paint("error:", "bad", self._error_colour)
-        print(f"{head} {clean(text)}", file=self.stderr, flush=True)
+        self._say(f"{paint('error:', 'bad', self._error_colour)} {clean(text)}")
+
+    def _say(self, line: str) -> None:
+        self._clear_busy()
+        print(line, file=self.stderr, flush=True)
+
+    def _clear_busy(self) -> None:
+        """The spinner's line is free for what is printed now; it turns on below it."""
+        if self._busy is not None:
+            self._busy.clear()
 
     def raw(self, data: bytes, *, to_stderr: bool = False) -> None:
         """Bytes exactly as they are."""
+        self._clear_busy()
         stream = self.stderr if to_stderr else self.stdout
         stream.flush()
         stream.buffer.write(data)
@@ -146,9 +156,11 @@ class Output:
             yield busy
             return
         task = asyncio.create_task(busy.turn(SPINNER_AFTER_S))
+        before, self._busy = self._busy, busy
         try:
             yield busy
         finally:
+            self._busy = before
             task.cancel()
             with suppress(asyncio.CancelledError):
                 await task

@@ -5,7 +5,7 @@ from schemas.status import Network
 from worker.platform.base import SandboxPolicy
 
 # A node without Landlock lets programs see every file of its user. The contract has no name for this yet.
-FILES = Feature("files")
+FILES = Feature.FILES
 
 _TCP_ONLY = "Landlock here knows TCP only: UDP, where a level has it, goes to and from any port"
 _NO_FILTER = "this kernel takes no system-call filter"

@@ -1,0 +1,118 @@
+"""The launcher takes its own place: newer code, the same process, and no container notices.
+
+The new code is tried first in a child (`--self-test`), because after the exec there is no way back: should it not
+run, the launcher would die, and its containers with it. Then the tables go to a file without a name, clients are
+dropped (they come again), spares end, and exec does the rest: pid, children, descriptors, locks and the lists of
+orphans stay what they are.
+"""
+
+import json
+import os
+import signal
+import tempfile
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from worker.launcher.children import Children
+from worker.launcher.container import Container
+from worker.launcher.control import ClientReply, Control
+from worker.launcher.ports import Ports
+from worker.launcher.protocol import CONFLICT, UNSUPPORTED, Refused
+from worker.launcher.spares import Spares
+from worker.launcher.state import STATE_VERSION, container_state, descriptors
+from worker.launcher.timers import Timers
+
+_SELF_TEST_S = 20.0
+ENVIRONMENT = {"LC_ALL": "C.UTF-8"}
+
+
+class Parts(NamedTuple):
+    """What of the launcher goes into the state, or stands in its way. `arguments` are those it was started with."""
+
+    containers: dict[str, Container]
+    ports: Ports
+    children: Children
+    control: Control
+    spares: Spares
+    timers: Timers
+    arguments: list[str]
+    facts: Callable[[], dict[str, Any]]
+    held: dict[str, int]
+    log: Callable[[str], None]
+
+
+class Replacement:
+    """At most one attempt at a time."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._testing = False
+
+    def begin(self, python: str, program: str, reply: ClientReply) -> None:
+        """Try the new code, then become it. The answer is sent just before."""
+        if self._testing:
+            raise Refused(CONFLICT, "the launcher is about to be replaced already")
+        self._state()  # whatever is in the way now is told at once
+        command = [python, "-I", "-S", program]
+        try:
+            pid = os.posix_spawn(python, [*command, "--self-test", str(STATE_VERSION)], ENVIRONMENT)
+        except OSError as failure:
+            raise Refused(UNSUPPORTED, f"{python} cannot be run: {failure.strerror}") from failure
+        self._testing = True
+        timer = self._parts.timers.after(_SELF_TEST_S, lambda: os.kill(pid, signal.SIGKILL))
+
+        def tested(status: int) -> None:
+            timer.cancel()
+            self._testing = False
+            try:
+                self._replace(command, status, reply)
+            except Refused as why:
+                reply.refuse(why)
+
+        self._parts.children.add(pid, tested)
+
+    def _replace(self, command: list[str], status: int, reply: ClientReply) -> None:
+        if status:
+            raise Refused(UNSUPPORTED, f"the new launcher's self-test failed: {command[-1]}")
+        state, fds = self._state()
+        parts = self._parts
+        with tempfile.TemporaryFile() as file:
+            file.write(json.dumps(state).encode())
+            file.flush()
+            file.seek(0)
+            fds.append(file.fileno())
+            reply.ok()
+            parts.control.drop_clients()
+            parts.spares.close()
+            # A SIGTERM of the next moments waits until there is a handler again.
+            signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM,))
+            for fd in fds:
+                os.set_inheritable(fd, True)
+            try:
+                os.execve(
+                    command[0], [*command, *parts.arguments, "--resume", str(file.fileno())], ENVIRONMENT
+                )
+            except OSError as failure:
+                # As good as impossible after the self-test. Go on as we are.
+                for fd in fds:
+                    os.set_inheritable(fd, False)
+                signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM,))
+                parts.log(f"exec of {command[0]} failed: {failure}")
+                parts.spares.reopen()
+
+    def _state(self) -> tuple[dict[str, Any], list[int]]:
+        """The tables, and every descriptor that they name. Refused while something is under way."""
+        parts = self._parts
+        containers = [container_state(container) for container in parts.containers.values()]
+        ports = parts.ports.state()
+        fds = [fd for state in containers for fd in descriptors(state)]
+        fds += [port["fd"] for port in ports if port["fd"] >= 0]
+        fds += parts.held.values()
+        state = {
+            "version": STATE_VERSION,
+            "facts": parts.facts(),
+            "held": parts.held,
+            "ports": ports,
+            "containers": containers,
+        }
+        return state, fds
