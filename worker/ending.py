@@ -134,7 +134,7 @@ class Ender:
         self._services.logs.ended(ended.instance)
         await self.forget(ended.cid, ended.instance)
         if moved and record.spec.lifecycle.delete_on_exit:
-            self._services.remove_later(actor)
+            self._services.remove_later(actor.cid)
 
     async def lose(self, actor: ContainerActor, reason: Reason, message: str) -> None:
         """The outcome of the run cannot be known any more."""

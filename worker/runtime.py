@@ -116,10 +116,11 @@ class Runtime:
         work = Work(command=command, verb=verb, container=actor.cid, seq=0, time=now_utc(), internal=True)
         actor.accepted(work, None)
 
-    def _remove_later(self, actor: ContainerActor) -> None:
+    def _remove_later(self, cid: str) -> None:
         """`delete_on_exit`: a remove of our own, in the container's own queue."""
-        record = actor.record
-        if record is None:
+        actor = self._actors.get(cid)
+        record = None if actor is None else actor.record
+        if actor is None or record is None:
             return
         command = Remove(id=f"auto-{new_ulid()}", if_instance=record.status.instance)
         self.submit_internal(actor, command, "remove")
@@ -184,7 +185,7 @@ class Runtime:
                 await self._kill_stranger(found)
             await self._guard_port(status)
             if status.state is State.EXITED and record.spec.lifecycle.delete_on_exit:
-                self._remove_later(actor)
+                self._remove_later(actor.cid)
             return
         ended = found.exit if found is not None else services.read_exit(state_dir, status)
         if found is not None and found.run == status.run and found.exit is None:
@@ -235,7 +236,7 @@ class Runtime:
         self.services.incomplete_logs(actor.cid, record.status.instance, record.status.run)
         await self.ender.lose(actor, reason, message)
         if record.spec.lifecycle.delete_on_exit:
-            self._remove_later(actor)
+            self._remove_later(actor.cid)
 
     async def _await_death(self, record: ContainerRecord) -> None:
         """The shim kills its tree when the launcher is gone; wait until it has, and help if it does not."""

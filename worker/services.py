@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import msgspec
 
@@ -32,9 +32,6 @@ from worker.secret_files import SecretFiles
 from worker.stats import Target
 from worker.supervisor import ExitRecord, Launcher, read_exit_record
 from worker.volumes import mount_volumes
-
-if TYPE_CHECKING:
-    from worker.container import ContainerActor
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -63,7 +60,7 @@ class Services:
     slots: int
     threads: ThreadPoolExecutor
     draining: bool = False
-    remove_later: Callable[["ContainerActor"], None] = field(default=lambda actor: None)
+    remove_later: Callable[[str], None] = field(default=lambda cid: None)
     measure: Callable[[Target], Awaitable[Stats | None]] | None = None
     attach_launcher: Callable[[], Awaitable[None]] | None = None
     container_count: Callable[[], int] = field(default=lambda: 0)

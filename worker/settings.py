@@ -101,7 +101,12 @@ SETTINGS: tuple[Setting, ...] = (
     ),
     Setting(key="node.labels", kind=Kind.MAP, doc="labels for schedulers, told in NodeInfo"),
     Setting(key="node.pools", kind=Kind.LIST, doc="pools whose jobs this node takes"),
-    Setting(key="node.slots", kind=Kind.COUNT, default="the CPUs", doc="how many containers run at a time; when not set, told to schedulers but not enforced"),
+    Setting(
+        key="node.slots",
+        kind=Kind.COUNT,
+        default="the CPUs",
+        doc="how many containers run at a time; when not set, told to schedulers but not enforced",
+    ),
     Setting(
         key="node.isolation",
         kind=Kind.TEXT,

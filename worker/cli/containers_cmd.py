@@ -12,6 +12,7 @@ from worker.cli.human import exit_name, now, since_cell, size, span, stamp, stat
 from worker.cli.lifecycle_cmd import find_all
 from worker.cli.output import Cell, Column, Row
 from worker.cli.parser import Namespace, Parser, pair
+from worker.cli.style import clean
 from worker.client import Detail, FleetClient
 from worker.errors import Conflict, ContractError
 
@@ -62,7 +63,7 @@ async def verb_ps(context: Context, args: Namespace) -> int:
         out.document([as_json(one) for one in listed])
     elif args.quiet:
         for one in listed:
-            out.line(one.status.container)
+            out.line(clean(one.status.container))
     else:
         many = len({one.node for one in listed}) > 1
         out.table(*ps_table(listed, with_node=many), empty="no containers")

@@ -14,6 +14,7 @@ from worker.cli.failures import exit_code, sentence
 from worker.cli.human import age, now, size
 from worker.cli.output import Busy, Cell, Column
 from worker.cli.parser import Namespace, Parser, absolute
+from worker.cli.style import clean
 from worker.client import FleetClient, new_id
 from worker.errors import ContractError
 
@@ -33,7 +34,7 @@ async def verb_images(context: Context, args: Namespace) -> int:
         return OK
     if args.quiet:
         for image in images:
-            out.line(image.name)
+            out.line(clean(image.name))
         return OK
     at = now()
     columns = [Column("IMAGE"), Column("DIGEST"), Column("SIZE", right=True)]
@@ -173,4 +174,4 @@ def _tell(context: Context, done: CommandCompleted, text: str) -> None:
     if context.out.as_json:
         context.out.json_line(done)
     else:
-        context.out.line(text)
+        context.out.line(clean(text))

@@ -9,7 +9,7 @@ from worker.cli.context import Context
 from worker.cli.human import age, now, size, stamp
 from worker.cli.output import Cell, Column, Row
 from worker.cli.parser import Namespace, Parser, duration
-from worker.cli.style import Style
+from worker.cli.style import Style, clean
 from worker.client import FleetClient, new_id
 from worker.errors import Unavailable
 
@@ -48,7 +48,7 @@ async def verb_nodes(context: Context, args: Namespace) -> int:
         return OK
     if args.quiet:
         for name in sorted(names | ({event.node for event in away} if args.all else set())):
-            out.line(name)
+            out.line(clean(name))
         return OK
     rows: list[Row] = [
         [
@@ -135,7 +135,7 @@ async def verb_info(context: Context, args: Namespace) -> int:
         out.line(out.paint("\nNot enforced here", "warn"))
         for lack in capabilities.not_enforced:
             where = f" ({lack.isolation})" if lack.isolation else ""
-            out.hanging("  ", f"{lack.feature}{where}: {lack.reason}")
+            out.hanging("  ", clean(f"{lack.feature}{where}: {lack.reason}"))
     return OK
 
 

@@ -116,13 +116,13 @@ class Output:
         texts = [[clean(cell.text) for cell in row] for row in table]
         widths = column_widths(columns, texts, width)
         lines = []
-        for cells, row in zip(table, texts, strict=True):
+        for row, shown in zip(table, texts, strict=True):
             parts = [
                 paint(_fitted(text, space, column.right), cell.style, self.colour)
-                for text, space, column, cell in zip(row, widths, columns, cells, strict=True)
+                for text, space, column, cell in zip(shown, widths, columns, row, strict=True)
             ]
             if not columns[-1].right:
-                parts[-1] = paint(_shortened(row[-1], widths[-1]), cells[-1].style, self.colour)
+                parts[-1] = paint(_shortened(shown[-1], widths[-1]), row[-1].style, self.colour)
             lines.append("  ".join(parts).rstrip())
         return lines
 

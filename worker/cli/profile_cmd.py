@@ -2,10 +2,13 @@
 
 import json
 
-from schemas.queries import CheckReply, CheckRequest, ProfileReply, ProfileRequest
+from schemas.queries import CheckReply, CheckRequest, Decision, ProfileReply, ProfileRequest
 from worker.cli.app import OK, REFUSED
 from worker.cli.context import Context
 from worker.cli.parser import Namespace, Parser
+from worker.cli.style import Style, clean
+
+DECISION_STYLE: dict[str, Style] = {Decision.ALLOW: "good", Decision.DENY: "bad"}
 
 
 def options_profile_show(parser: Parser) -> None:
@@ -26,14 +29,15 @@ async def verb_profile_show(context: Context, args: Namespace) -> int:
     if args.policy:
         out.line(json.dumps(reply.policy, indent=2, ensure_ascii=False))
         return OK
-    out.line(reply.text.rstrip("\n"))
+    for line in reply.text.rstrip("\n").split("\n"):
+        out.line(clean(line))
     if reply.params:
         out.line(out.paint("\nParameters", "strong"))
         out.fields(sorted(reply.params.items()))
     if reply.not_enforced:
         out.line(out.paint("\nNot enforced here", "warn"))
         for lack in reply.not_enforced:
-            out.hanging("  ", f"{lack.feature}: {lack.reason}")
+            out.hanging("  ", clean(f"{lack.feature}: {lack.reason}"))
     return OK
 
 
@@ -56,6 +60,7 @@ async def verb_profile_check(context: Context, args: Namespace) -> int:
     if out.as_json:
         out.document(reply)
     else:
-        style = {"allow": "good", "deny": "bad"}.get(str(reply.decision), "warn")
-        out.line(out.paint(str(reply.decision), style) + (f"  {reply.rule}" if reply.rule else ""))  # type: ignore[arg-type]
+        style = DECISION_STYLE.get(reply.decision, "warn")
+        rule = f"  {clean(reply.rule)}" if reply.rule else ""
+        out.line(out.paint(clean(reply.decision), style) + rule)
     return OK if reply.decision == "allow" else REFUSED

@@ -47,6 +47,11 @@ class Channel:
         self._waiting = 0
         loop.add(self.fd, self._ready)
 
+    @property
+    def idle(self) -> bool:
+        """Whether all that was sent has gone out."""
+        return not self._out
+
     def send(self, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
         """Send a frame, now or as soon as the peer reads. `fds` are passed along and closed here."""
         if self.closed or self._deaf:
@@ -101,7 +106,11 @@ class Channel:
         if not length:
             self._end("end of stream")
             return
-        self.frames.feed(_view[:length])
+        self.replay(_view[:length])
+
+    def replay(self, data: bytes | memoryview) -> None:
+        """Take bytes as if they had been read just now."""
+        self.frames.feed(data)
         try:
             while not self.closed and (body := self.frames.next()) is not None:
                 self.on_frame(decode_body(body))

@@ -39,7 +39,7 @@ class Container:
         self.ending = Ending(host, identity.cid, self.run, self.tell_shim, self._kill_shim)
         self._early: list[dict[str, Any]] = []
         self._start_reply: Reply | None = None
-        self._unmarked: list[str] = []
+        self.unwritten: list[str] | None = None  # streams whose end is not marked yet; None: all is on disk
         self._forgotten = False
 
     @property
@@ -182,11 +182,7 @@ class Container:
         for stream in self.streams.values():
             self.host.capture.drain(stream)
         self.run.record = self._record(code, at_us, lost=lost)
-        self._unmarked = list(STREAMS)
-        if not self._write_end():
-            self.host.loop.timers.after(_RECORD_RETRY_S, self._write_end_later)
-        for stream in self.streams.values():
-            self.host.capture.announce(stream)
+        self.resume_writing(list(STREAMS))
         self.host.ports.retake(self.cid)
         for session in self.execs.values():
             session.container_ended()
@@ -214,27 +210,23 @@ class Container:
             "usage": {"cpu_usec": usage.get("cpu_usec", 0), "max_rss": usage.get("max_rss", 0)},
         }
 
-    def _write_end(self) -> bool:
-        """The streams' end marks and the record; False while the disk refuses one of them."""
+    def resume_writing(self, unwritten: list[str] | None) -> None:
+        """Write the ends of these streams and the record; again until the disk takes them."""
+        self.unwritten = unwritten
+        if unwritten is None or self._forgotten:
+            return
         now_us = time.time_ns() // 1000
-        self._unmarked = [
-            name for name in self._unmarked if not self.writers[name].finish_run(self.identity.run, now_us)
-        ]
+        left = [name for name in unwritten if not self.writers[name].finish_run(self.identity.run, now_us)]
         try:
             write_record(self.identity.state_dir, self.run.record or {})
+            self.unwritten = left or None
         except OSError as failure:
             self.host.log(f"{self.cid}: the exit record cannot be written: {failure}")
-            return False
-        return not self._unmarked
-
-    def _write_end_later(self) -> None:
-        if self._forgotten:
-            return
-        if self._write_end():
-            for stream in self.streams.values():
-                self.host.capture.announce(stream)
-        else:
-            self.host.loop.timers.after(_RECORD_RETRY_S, self._write_end_later)
+            self.unwritten = left
+        for stream in self.streams.values():
+            self.host.capture.announce(stream)
+        if self.unwritten is not None:
+            self.host.loop.timers.after(_RECORD_RETRY_S, lambda: self.resume_writing(left))
 
     def _dismiss(self) -> None:
         """The shim has said all that it will."""

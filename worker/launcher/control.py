@@ -81,7 +81,7 @@ class Control:
     def __init__(self, loop: Loop, listener: socket.socket, key_file: str, table: System, log: Log) -> None:
         self.loop = loop
         self.ops: dict[str, Op] = {}
-        self.describe: Callable[[], dict[str, Any]] = dict
+        self.description: dict[str, Any] = {}
         self.on_subscribe: Callable[[], None] = _nothing
         self.clients: dict[Client, None] = {}
         self._listener = listener
@@ -137,9 +137,8 @@ class Control:
         if self._subscriber is client:
             self._subscriber = None
 
-    def close(self) -> None:
-        """Stop listening and drop every client."""
-        self.loop.remove(self._listener.fileno())
+    def drop_clients(self) -> None:
+        """End every connection; whoever needs one makes another."""
         for client in list(self.clients):
             client.drop()
 
@@ -182,7 +181,7 @@ class Control:
         if message.get("events", True):
             self._subscriber = client
             self.on_subscribe()
-        reply.ok(protocol=version, **self.describe())
+        reply.ok(protocol=version, **self.description)
 
     def _is_key(self, shown: str) -> bool:
         with open(self._key_file, "rb") as file:

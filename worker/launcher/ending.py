@@ -54,17 +54,19 @@ class Ending:
         if signum not in self._sent and timeout_s > 0:
             self._sent.add(signum)
             self._pass(signum, None, wake=True)
-        due = time.monotonic() + timeout_s
-        if self._deadline is None or due < self._deadline.due:
-            if self._deadline is not None:
-                self._deadline.cancel()
-            self._deadline = self._host.loop.timers.after(timeout_s, self._escalate)
+        self._kill_at(time.monotonic() + timeout_s)
 
     def kill_tree(self, reply: Reply | None, why: str = KILL_TREE) -> None:
         if reply is not None:
             self._waiters.append(reply)
         self._run.killed_by = why
         self._kill()
+
+    def _kill_at(self, due: float) -> None:
+        if self._deadline is None or due < self._deadline.due:
+            if self._deadline is not None:
+                self._deadline.cancel()
+            self._deadline = self._host.loop.timers.after(due - time.monotonic(), self._escalate)
 
     def _pass(self, signum: int, reply: Reply | None, *, wake: bool) -> None:
         self._numbers += 1
@@ -102,6 +104,20 @@ class Ending:
             return
         wait_s = 0 if step is Step.STOPPED else _STEP_S
         self._watch = self._host.loop.timers.after(wait_s, lambda: self._kill_step(killer))
+
+    # -- kept over a change of the launcher
+
+    def state(self) -> dict[str, Any]:
+        due = None if self._deadline is None else self._deadline.due
+        return {"sent": sorted(self._sent), "due": due, "killing": self._watch is not None}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on with the same deadline; the clock is the system's and the same for every process."""
+        self._sent = set(state["sent"])
+        if state["killing"]:
+            self._kill()
+        elif state["due"] is not None:
+            self._kill_at(state["due"])
 
     # -- reached
 

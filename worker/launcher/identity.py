@@ -83,6 +83,14 @@ class Place:
             os.chdir("/")
         return sock
 
+    def unnamed_file(self) -> int:
+        """A file in the data directory that has no name any more."""
+        path = self.path("state")
+        _unlink(path)
+        fd = os.open(path, _RW | os.O_EXCL, 0o600)
+        os.unlink(path)
+        return fd
+
     def describe(self, facts: dict[str, Any]) -> None:
         """Write launcher.json, whole or not at all."""
         new = self.path("json.new")

@@ -7,13 +7,12 @@ pid, start_time, started_at_us, … | | signal | cid, instance, run, signum | wh
 instance, run, signum, timeout_s | record, when the tree has ended | | kill_tree | cid, instance, run |
 record, when the tree has ended; null when the program was never reached | | exec | cid, program, argv, env,
 cwd, stdin (base64), timeout_s, max_output | exit_code, stdout, stderr, … | | ack_output | cid, stream,
-offset | none | | forget | cid, instance | forgotten | | shutdown | kill | when nothing runs; the launcher
-then exits |
+offset | none | | forget | cid, instance | forgotten | | reexec | python, program | just before the launcher
+replaces itself and drops all connections | | shutdown | kill | when nothing runs; the launcher then exits |
 """
 
 import base64
 import binascii
-import os
 import signal
 import time
 from collections.abc import Callable
@@ -25,7 +24,6 @@ from worker.launcher.control import Client, ClientReply, Control
 from worker.launcher.exec import OUTPUT_BYTES, ExecSession
 from worker.launcher.loop import Signals
 from worker.launcher.protocol import (
-    BUILD,
     CONFLICT,
     EXHAUSTED,
     INVALID,
@@ -35,6 +33,7 @@ from worker.launcher.protocol import (
     Refused,
 )
 from worker.launcher.records import SHUTDOWN
+from worker.launcher.reexec import Replacement
 from worker.launcher.run import Host, Phase
 from worker.launcher.sandbox import Sandboxes
 from worker.launcher.spares import Spares
@@ -64,7 +63,9 @@ class StartReply:
 
 
 class Launcher:
-    """`abandoned` tells that the data directory is no longer ours."""
+    """The ops, and what is done between passes. `abandoned` tells that the data directory is no longer
+    ours.
+    """
 
     def __init__(
         self,
@@ -74,10 +75,12 @@ class Launcher:
         sandboxes: Sandboxes,
         spares: Spares,
         containers: dict[str, Container],
+        replacement: Replacement,
+        description: dict[str, Any],
         abandoned: Callable[[], bool],
     ) -> None:
         self.containers = containers
-        self.started_at_us = time.time_ns() // 1000
+        self._replacement = replacement
         self._host = host
         self._loop = host.loop
         self._control = control
@@ -88,7 +91,7 @@ class Launcher:
         self._shutdown: list[ClientReply] | None = None
         self._exec_numbers = 0
         self._listings: list[tuple[float, ClientReply]] = []
-        control.describe = self._describe
+        control.description = description
         control.on_subscribe = self._subscribed
         control.ops = {
             "containers": self._op_containers,
@@ -101,6 +104,7 @@ class Launcher:
             "exec": self._op_exec,
             "ack_output": self._op_ack_output,
             "forget": self._op_forget,
+            "reexec": self._op_reexec,
             "shutdown": self._op_shutdown,
         }
         self._loop.after_pass = self._after_pass
@@ -141,15 +145,6 @@ class Launcher:
             self._host.log("the data directory is gone; nothing runs; ending")
             self._loop.stopped = True
         self._loop.timers.after(_ABANDONED_S, self._check_abandoned)
-
-    def _describe(self) -> dict[str, Any]:
-        own = self._host.table.find(os.getpid())
-        return {
-            "build": BUILD,
-            "pid": os.getpid(),
-            "start_time": 0 if own is None else own.start,
-            "started_at_us": self.started_at_us,
-        }
 
     # -- which container
 
@@ -289,6 +284,11 @@ class Launcher:
         del self.containers[cid]
         container.dispose()
         reply.ok(forgotten=True)
+
+    def _op_reexec(self, client: Client, message: Message, reply: ClientReply) -> None:
+        if self._shutdown is not None:
+            raise Refused(CONFLICT, "the launcher is shutting down")
+        self._replacement.begin(requests.text(message, "python"), requests.text(message, "program"), reply)
 
     def _op_shutdown(self, client: Client, message: Message, reply: ClientReply) -> None:
         live = self._live()

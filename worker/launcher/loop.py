@@ -96,12 +96,12 @@ class Signals:
         self.fd, self._write = os.pipe()
         os.set_blocking(self.fd, False)
         os.set_blocking(self._write, False)
-        signal.pthread_sigmask(signal.SIG_SETMASK, ())
         for number in self.IGNORED:
             signal.signal(number, signal.SIG_IGN)
         signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, _noted)
         signal.signal(signal.SIGTERM, _noted)
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())  # what waited for a handler has one now
 
     def take(self) -> set[int]:
         """The signals that came since the last call; SIGCHLD is always among them when there were too many."""

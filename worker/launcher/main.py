@@ -1,57 +1,55 @@
-"""The launcher's beginning and end: arguments, daemon, locks, parts, loop."""
+"""The launcher's beginning and end: arguments, daemon, locks, loop."""
 
 import os
-import resource
+import socket
 import sys
-import time
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
-from worker.launcher.capture import Capture
-from worker.launcher.children import Children
-from worker.launcher.container import Container
-from worker.launcher.control import Control
+from worker.launcher.assembly import assemble
 from worker.launcher.identity import EXIT_ALREADY_RUNNING, AlreadyRunning, Place, log
-from worker.launcher.launcher import Launcher
-from worker.launcher.loop import Loop, Signals, handled_signals
-from worker.launcher.mux import make_mux
-from worker.launcher.nursery import Heritage
-from worker.launcher.ports import Ports
-from worker.launcher.processes import system
-from worker.launcher.program import Inherited
-from worker.launcher.protocol import BUILD, PROTOCOL_MAX, PROTOCOL_MIN
-from worker.launcher.run import Host
+from worker.launcher.loop import Loop
+from worker.launcher.reexec import read_state
 from worker.launcher.sandbox import Sandboxes
-from worker.launcher.segments import OpenFiles
-from worker.launcher.spares import Spares
+from worker.launcher.state import STATE_VERSION
 
 EXIT_USAGE, EXIT_FAILED = 2, 1
 
 USAGE = (
     "usage: launcher --data-dir DIR --key-file FILE [--socket PATH] [--foreground] [--unsandboxed-for-tests]"
 )
+_FLAGS = ("--foreground", "--unsandboxed-for-tests")
+_VALUES = ("--data-dir", "--key-file", "--socket", "--resume", "--self-test")
 
 
 class Options(NamedTuple):
+    """`resume` is the descriptor of the tables that a launcher before us, in this very process, left."""
+
     data_dir: str
     key_file: str
     socket: str | None
     foreground: bool
     unsandboxed: bool
+    resume: int | None
+    arguments: list[str]
 
 
 def parse(arguments: list[str]) -> Options:
     """ValueError with one line for what cannot be understood."""
     values: dict[str, str] = {}
     flags: set[str] = set()
+    kept: list[str] = []
     waiting = list(arguments)
     while waiting:
         name = waiting.pop(0)
-        if name in ("--foreground", "--unsandboxed-for-tests"):
+        if name in _FLAGS:
             flags.add(name)
-        elif name in ("--data-dir", "--key-file", "--socket"):
+            kept.append(name)
+        elif name in _VALUES:
             if not waiting:
                 raise ValueError(f"{name} needs a value")
             values[name] = waiting.pop(0)
+            if name != "--resume":
+                kept += [name, values[name]]
         else:
             raise ValueError(f"unknown argument {name!r}")
     for name in ("--data-dir", "--key-file"):
@@ -63,16 +61,22 @@ def parse(arguments: list[str]) -> Options:
         socket=values.get("--socket"),
         foreground="--foreground" in flags,
         unsandboxed="--unsandboxed-for-tests" in flags,
+        resume=int(values["--resume"]) if "--resume" in values else None,
+        arguments=kept,
     )
 
 
 def main(arguments: list[str]) -> int:
+    if arguments[:1] == ["--self-test"]:
+        return self_test(arguments[1:])
     try:
         options = parse(arguments)
     except ValueError as failure:
         print(f"{failure}\n{USAGE}", file=sys.stderr)
         return EXIT_USAGE
     place = Place(options.data_dir, options.socket)
+    if options.resume is not None:
+        return resume(options, place, options.resume)
     try:
         place.claim()
     except AlreadyRunning:
@@ -82,13 +86,19 @@ def main(arguments: list[str]) -> int:
         print(f"the launcher cannot use {place.data_dir}: {failure}", file=sys.stderr)
         return EXIT_FAILED
     if options.foreground:
-        return serve(options, place, -1)
+        return serve(options, place, 2)
     ready, told = os.pipe()
     if os.fork():
         return _await_ready(ready, told)
     os.close(ready)
     os.setsid()
     os._exit(serve(options, place, told))
+
+
+def self_test(versions: list[str]) -> int:
+    """Whether this code runs here, and reads the tables of a launcher that writes this version of them."""
+    Sandboxes().load()
+    return 0 if versions == [str(STATE_VERSION)] else EXIT_FAILED
 
 
 def _await_ready(ready: int, told: int) -> int:
@@ -104,12 +114,17 @@ def _await_ready(ready: int, told: int) -> int:
 
 
 def serve(options: Options, place: Place, told: int) -> int:
-    """Be the launcher. `told` is where the waiting parent listens, -1 without one."""
+    """Be the launcher. `told` is where it says that it is ready, or why it cannot be."""
     try:
-        loop = _build(options, place)
+        _become_quiet(place, foreground=options.foreground)
+        if not place.await_old_trees():
+            log("processes of an earlier launcher are still alive; starting beside them")
+        loop = _assemble(options, place, place.listen(), None)
     except OSError as failure:
-        _fail(told, f"the launcher cannot start in {place.data_dir}: {failure}\n")
-    if told >= 0:
+        text = f"the launcher cannot start in {place.data_dir}: {failure}\n"
+        os.write(told, text.encode(errors="replace"))
+        return EXIT_FAILED
+    if not options.foreground:
         os.write(told, b"ready")
         os.close(told)
     loop.run()
@@ -117,67 +132,45 @@ def serve(options: Options, place: Place, told: int) -> int:
     return 0
 
 
-def _build(options: Options, place: Place) -> Loop:
+def resume(options: Options, place: Place, tables: int) -> int:
+    """Be the launcher that this process was before its exec."""
+    before = read_state(tables)
+    held = before["held"]
+    place.lock, place.trees = held["lock"], held["trees"]
+    for fd in _descriptors(before):
+        os.set_inheritable(fd, False)
     os.umask(0o077)
     os.environ.clear()
-    _redirect(place, foreground=options.foreground)
-    if not place.await_old_trees():
-        log("processes of an earlier launcher are still alive; starting beside them")
-    signals = Signals()
-    table = system()
-    table.hide_memory()
-    table.adopt_orphans()
-    table.name_process("main")
-    files = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = table.descriptor_limit()
-    if most > files[0]:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, max(most, files[1])))
-    sandboxes = Sandboxes(allow_none=options.unsandboxed)
-    try:
-        sandboxes.load()
-    except ImportError as failure:
-        log(f"no sandbox: {failure}")
-    mux = make_mux()
-    capture = Capture(mux, table, OpenFiles(max(64, most // 4)), log)
-    loop = Loop(mux, capture, _on_bug)
-    listener = place.listen()
-    control = Control(loop, listener, options.key_file, table, log)
-    children = Children(table, loop.timers)
-    heritage = Heritage(
-        launcher=os.getpid(),
-        inherited=Inherited(handled_signals(), files),
-        keep=(place.trees,),
-        sandboxes=sandboxes,
-        table=table,
-    )
-    spares = Spares(loop, children, heritage, log)
-    containers: dict[str, Container] = {}
-    host = Host(
-        loop=loop,
-        table=table,
-        capture=capture,
-        ports=Ports(loop.timers),
-        children=children,
-        log=log,
-        tell=control.tell,
-        drop=lambda cid: containers.pop(cid, None),
-    )
-    Launcher(host, control, signals, sandboxes, spares, containers, place.abandoned)
-    own = table.find(os.getpid())
-    place.describe(
-        {
-            "pid": os.getpid(),
-            "start_time": 0 if own is None else own.start,
-            "socket": place.socket,
-            "protocol": [PROTOCOL_MIN, PROTOCOL_MAX],
-            "build": BUILD,
-            "started_at_us": time.time_ns() // 1000,
-        }
-    )
-    return loop
+    loop = _assemble(options, place, socket.socket(fileno=held["listener"]), before)
+    log("replaced by newer code")
+    loop.run()
+    place.leave()
+    return 0
 
 
-def _redirect(place: Place, *, foreground: bool) -> None:
+def _descriptors(before: dict[str, Any]) -> list[int]:
+    from worker.launcher.state import descriptors
+
+    fds = [fd for state in before["containers"] for fd in descriptors(state)]
+    fds += [port["fd"] for port in before["ports"] if port["fd"] >= 0]
+    return [*fds, *before["held"].values()]
+
+
+def _assemble(options: Options, place: Place, listener: socket.socket, before: dict[str, Any] | None) -> Loop:
+    return assemble(
+        place,
+        listener,
+        key_file=options.key_file,
+        unsandboxed=options.unsandboxed,
+        arguments=options.arguments,
+        before=before,
+    )
+
+
+def _become_quiet(place: Place, *, foreground: bool) -> None:
+    """Nothing of whoever started us: its environment, its files, its umask."""
+    os.umask(0o077)
+    os.environ.clear()
     null = os.open("/dev/null", os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)
@@ -186,14 +179,3 @@ def _redirect(place: Place, *, foreground: bool) -> None:
         os.dup2(out, 1)
         os.dup2(out, 2)
         os.close(out)
-
-
-def _fail(told: int, text: str) -> NoReturn:
-    os.write(2 if told < 0 else told, text.encode(errors="replace"))
-    os._exit(EXIT_FAILED)
-
-
-def _on_bug(bug: Exception, fd: int) -> None:
-    import traceback
-
-    log(f"bug, at descriptor {fd}: " + "".join(traceback.format_exception(bug)))

@@ -6,6 +6,7 @@ guard is taken again.
 
 import errno
 import socket
+from typing import Any
 
 from worker.launcher.protocol import EXHAUSTED, UNAVAILABLE, Refused
 from worker.launcher.timers import Timers
@@ -59,13 +60,26 @@ class Ports:
             except OSError as failure:
                 raise Refused(UNAVAILABLE, f"port {port} cannot be held: {failure.strerror}") from failure
         self.release(cid)
-        self.put(cid, sock)
-        return self._guards[cid].port
-
-    def put(self, cid: str, sock: socket.socket) -> None:
         port = sock.getsockname()[1]
-        self._guards[cid] = Guard(port, sock)
+        self.put(cid, port, sock)
+        return port
+
+    def put(self, cid: str, port: int, sock: socket.socket | None, *, lent: bool = False) -> None:
+        guard = self._guards[cid] = Guard(port, sock)
+        guard.lent = lent
         self._cids[port] = cid
+
+    def state(self) -> list[dict[str, Any]]:
+        """Every guard, for `put` in a launcher that takes over."""
+        return [
+            {
+                "cid": cid,
+                "port": guard.port,
+                "lent": guard.lent,
+                "fd": -1 if guard.sock is None else guard.sock.fileno(),
+            }
+            for cid, guard in self._guards.items()
+        ]
 
     def release(self, cid: str) -> bool:
         guard = self._guards.pop(cid, None)

@@ -92,6 +92,11 @@ class FrameBuffer:
     def feed(self, data: bytes | bytearray | memoryview) -> None:
         self._data += data
 
+    @property
+    def pending(self) -> bytes:
+        """What was fed and is no whole frame yet."""
+        return bytes(self._data)
+
     def next(self) -> bytes | None:
         """The next whole body, or None. ProtocolError when it announces more than `max_frame` bytes."""
         if len(self._data) < HEADER_BYTES:

@@ -1,15 +1,14 @@
 """The launcher takes its own place: newer code, the same process, and no container notices.
 
-The new code is tried first in a child (`--self-test`), because after the exec there is no way back: should it not
-run, the launcher would die, and its containers with it. Then the tables go to a file without a name, clients are
-dropped (they come again), spares end, and exec does the rest: pid, children, descriptors, locks and the lists of
-orphans stay what they are.
+The new code is tried first in a child (`--self-test`), because after the exec there is no way back: should
+it not run, the launcher would die, and its containers with it. Then the tables go to a file without a name,
+clients are dropped (they come again), spares end, and exec does the rest: pid, children, descriptors, locks
+and the lists of orphans stay what they are.
 """
 
 import json
 import os
 import signal
-import tempfile
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ from worker.launcher.children import Children
 from worker.launcher.container import Container
 from worker.launcher.control import ClientReply, Control
 from worker.launcher.ports import Ports
-from worker.launcher.protocol import CONFLICT, UNSUPPORTED, Refused
+from worker.launcher.protocol import CONFLICT, EXHAUSTED, UNSUPPORTED, Refused
 from worker.launcher.spares import Spares
 from worker.launcher.state import STATE_VERSION, container_state, descriptors
 from worker.launcher.timers import Timers
@@ -27,7 +26,9 @@ ENVIRONMENT = {"LC_ALL": "C.UTF-8"}
 
 
 class Parts(NamedTuple):
-    """What of the launcher goes into the state, or stands in its way. `arguments` are those it was started with."""
+    """What of the launcher goes into the state, or stands in its way. `arguments` are those it was started
+    with.
+    """
 
     containers: dict[str, Container]
     ports: Ports
@@ -36,8 +37,9 @@ class Parts(NamedTuple):
     spares: Spares
     timers: Timers
     arguments: list[str]
-    facts: Callable[[], dict[str, Any]]
+    facts: dict[str, Any]
     held: dict[str, int]
+    unnamed_file: Callable[[], int]
     log: Callable[[str], None]
 
 
@@ -74,31 +76,35 @@ class Replacement:
     def _replace(self, command: list[str], status: int, reply: ClientReply) -> None:
         if status:
             raise Refused(UNSUPPORTED, f"the new launcher's self-test failed: {command[-1]}")
-        state, fds = self._state()
         parts = self._parts
-        with tempfile.TemporaryFile() as file:
-            file.write(json.dumps(state).encode())
-            file.flush()
-            file.seek(0)
-            fds.append(file.fileno())
-            reply.ok()
-            parts.control.drop_clients()
-            parts.spares.close()
-            # A SIGTERM of the next moments waits until there is a handler again.
-            signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM,))
+        state, fds = self._state()
+        try:
+            file = parts.unnamed_file()
+        except OSError as failure:
+            raise Refused(EXHAUSTED, f"no room for the launcher's tables: {failure}") from failure
+        fds.append(file)
+        try:
+            _write_all(file, json.dumps(state).encode())
+        except OSError as failure:
+            os.close(file)
+            raise Refused(EXHAUSTED, f"no room for the launcher's tables: {failure}") from failure
+        reply.ok()
+        parts.control.drop_clients()
+        parts.spares.close()
+        # A SIGTERM of the next moments waits until there is a handler again.
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM,))
+        for fd in fds:
+            os.set_inheritable(fd, True)
+        try:
+            os.execve(command[0], [*command, *parts.arguments, "--resume", str(file)], ENVIRONMENT)
+        except OSError as failure:
+            # As good as impossible after the self-test. Go on as we are.
+            parts.log(f"exec of {command[0]} failed: {failure}")
             for fd in fds:
-                os.set_inheritable(fd, True)
-            try:
-                os.execve(
-                    command[0], [*command, *parts.arguments, "--resume", str(file.fileno())], ENVIRONMENT
-                )
-            except OSError as failure:
-                # As good as impossible after the self-test. Go on as we are.
-                for fd in fds:
-                    os.set_inheritable(fd, False)
-                signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM,))
-                parts.log(f"exec of {command[0]} failed: {failure}")
-                parts.spares.reopen()
+                os.set_inheritable(fd, False)
+            os.close(file)
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM,))
+            parts.spares.reopen()
 
     def _state(self) -> tuple[dict[str, Any], list[int]]:
         """The tables, and every descriptor that they name. Refused while something is under way."""
@@ -110,9 +116,26 @@ class Replacement:
         fds += parts.held.values()
         state = {
             "version": STATE_VERSION,
-            "facts": parts.facts(),
+            "facts": parts.facts,
             "held": parts.held,
             "ports": ports,
             "containers": containers,
         }
         return state, fds
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def read_state(fd: int) -> dict[str, Any]:
+    """The tables that the launcher before us left in this descriptor, which is closed."""
+    os.lseek(fd, 0, os.SEEK_SET)
+    data = b""
+    while chunk := os.read(fd, 1 << 20):
+        data += chunk
+    os.close(fd)
+    state: dict[str, Any] = json.loads(data)
+    return state

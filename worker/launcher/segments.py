@@ -75,13 +75,23 @@ class SegmentWriter:
         self._log = self._marks = -1
         self._loaded = False
         self._spoilt = False
-        self._lost = 0
-        self._lost_kind = LOST_DISK
+        self.lost = (0, LOST_DISK)  # bytes that are not marked yet, and why they are lost
         self._in_trouble = False
         self._retry_at = 0.0
         self.end = 0
 
     # -- writing
+
+    def load(self) -> None:
+        """Find the end of what is there already, which the first write does otherwise."""
+        try:
+            directory = os.open(self._dir, _DIRECTORY)
+            try:
+                self._load(directory)
+            finally:
+                os.close(directory)
+        except OSError as failure:
+            self._trouble(failure)
 
     def append(self, data: memoryview, now_us: int) -> None:
         """Store bytes, or count them as lost by the disk."""
@@ -161,17 +171,17 @@ class SegmentWriter:
 
     def _lose(self, length: int, kind: int) -> None:
         if length:
-            if not self._lost or kind == LOST_DISK:
-                self._lost_kind = kind
-            self._lost += length
+            before, before_kind = self.lost
+            self.lost = (before + length, kind if not before or kind == LOST_DISK else before_kind)
 
     def _settle_loss(self, now_us: int) -> None:
         """Write down what was lost before anything that follows it."""
-        if self._lost:
+        length, kind = self.lost
+        if length:
             self._ready()
-            self._mark(self.end, now_us, self._lost, self._lost_kind)
-            self.end += self._lost
-            self._lost = 0
+            self._mark(self.end, now_us, length, kind)
+            self.end += length
+            self.lost = (0, LOST_DISK)
 
     def _trouble(self, failure: OSError) -> None:
         self.close()

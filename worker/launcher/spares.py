@@ -97,6 +97,11 @@ class Spares:
             self._spares.pop().close()
         self._fail(OSError(0, "the launcher is ending"))
 
+    def reopen(self) -> None:
+        """Make some again after all."""
+        self._closed = False
+        self._revive()
+
     # -- the nursery
 
     def _revive(self) -> None:

@@ -1,7 +1,7 @@
 """The launcher's tables as data, for a launcher that takes its own place: see `reexec`.
 
-Descriptors are named by their numbers, which stay the same over exec. Read by newer code, so fields are only ever
-added; STATE_VERSION changes when that is not enough.
+Descriptors are named by their numbers, which stay the same over exec. Read by newer code, so fields are
+only ever added; STATE_VERSION changes when that is not enough.
 """
 
 import base64
@@ -55,14 +55,10 @@ def descriptors(state: dict[str, Any]) -> list[int]:
     return [fd for fd in (*shim, *state["pipes"]) if fd >= 0]
 
 
-def restore_container(
-    state: dict[str, Any], host: Host, heritage: Heritage, capture: Capture
-) -> Container:
+def restore_container(state: dict[str, Any], host: Host, heritage: Heritage, capture: Capture) -> Container:
     """A container as it was, with its shim, its pipes and its deadlines."""
     identity = Identity(**state["identity"])
-    writers = {
-        name: _writer(capture, identity, name, *state["lost"].get(name, (0, 0))) for name in STREAMS
-    }
+    writers = {name: _writer(capture, identity, name, *state["lost"].get(name, (0, 0))) for name in STREAMS}
     container = Container(host, identity, writers)
     _restore_run(container.run, state["run"])
     known = state["shim"]
@@ -87,6 +83,7 @@ def _restore_run(run: Run, fields: dict[str, Any]) -> None:
 
 def _writer(capture: Capture, identity: Identity, name: str, lost: int, kind: int) -> SegmentWriter:
     writer = capture.writer(identity.state_dir, name, identity.max_log_bytes)
+    writer.load()
     writer.lost = (lost, kind)
     return writer
 

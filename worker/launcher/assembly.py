@@ -1,0 +1,136 @@
+"""The launcher's parts, built and wired: anew, or from the tables of the launcher before it."""
+
+import os
+import resource
+import socket
+import time
+from typing import Any
+
+from worker.launcher.capture import Capture
+from worker.launcher.children import Children
+from worker.launcher.container import Container
+from worker.launcher.control import Control
+from worker.launcher.identity import Place, log
+from worker.launcher.launcher import Launcher
+from worker.launcher.loop import Loop, Signals, handled_signals
+from worker.launcher.mux import make_mux
+from worker.launcher.nursery import Heritage
+from worker.launcher.ports import Ports
+from worker.launcher.processes import System, system
+from worker.launcher.program import Inherited
+from worker.launcher.protocol import BUILD, PROTOCOL_MAX, PROTOCOL_MIN
+from worker.launcher.reexec import Parts, Replacement
+from worker.launcher.run import Host
+from worker.launcher.sandbox import Sandboxes
+from worker.launcher.segments import OpenFiles
+from worker.launcher.spares import Spares
+from worker.launcher.state import restore_container
+
+_MIN_OPEN_STREAMS = 64
+
+
+def assemble(
+    place: Place,
+    listener: socket.socket,
+    *,
+    key_file: str,
+    unsandboxed: bool,
+    arguments: list[str],
+    before: dict[str, Any] | None = None,
+) -> Loop:
+    """The loop of a launcher that owns `place` and listens already. `before` are the tables of one before
+    it.
+    """
+    signals = Signals()
+    table = system()
+    table.hide_memory()
+    table.adopt_orphans()
+    table.name_process("main")
+    facts = {"started_at_us": time.time_ns() // 1000} if before is None else before["facts"]
+    files = tuple(facts.setdefault("files", resource.getrlimit(resource.RLIMIT_NOFILE)))
+    most = _raise_descriptor_limit(table)
+    sandboxes = Sandboxes(allow_none=unsandboxed)
+    try:
+        sandboxes.load()
+    except ImportError as failure:
+        log(f"no sandbox: {failure}")
+    mux = make_mux()
+    # A stream has two files and, with its pipe and its share of a shim's socket, three more descriptors.
+    capture = Capture(mux, table, OpenFiles(max(_MIN_OPEN_STREAMS, most // 5)), log)
+    loop = Loop(mux, capture, _on_bug)
+    children = Children(table, loop.timers)
+    ports = Ports(loop.timers)
+    control = Control(loop, listener, key_file, table, log)
+    containers: dict[str, Container] = {}
+    host = Host(
+        loop=loop,
+        table=table,
+        capture=capture,
+        ports=ports,
+        children=children,
+        log=log,
+        tell=control.tell,
+        drop=lambda cid: containers.pop(cid, None),
+    )
+    heritage = Heritage(
+        launcher=os.getpid(),
+        inherited=Inherited(handled_signals(), (files[0], files[1])),
+        keep=(place.trees,),
+        sandboxes=sandboxes,
+        table=table,
+    )
+    if before is not None:
+        _restore(before, host, heritage, containers)
+    spares = Spares(loop, children, heritage, log)
+    replacement = Replacement(
+        Parts(
+            containers=containers,
+            ports=ports,
+            children=children,
+            control=control,
+            spares=spares,
+            timers=loop.timers,
+            arguments=arguments,
+            facts=facts,
+            held={"lock": place.lock, "trees": place.trees, "listener": listener.fileno()},
+            unnamed_file=place.unnamed_file,
+            log=log,
+        )
+    )
+    own = table.find(os.getpid())
+    described = {
+        "build": BUILD,
+        "pid": os.getpid(),
+        "start_time": 0 if own is None else own.start,
+        "started_at_us": facts["started_at_us"],
+    }
+    Launcher(host, control, signals, sandboxes, spares, containers, replacement, described, place.abandoned)
+    place.describe({**described, "socket": place.socket, "protocol": [PROTOCOL_MIN, PROTOCOL_MAX]})
+    return loop
+
+
+def _restore(
+    before: dict[str, Any], host: Host, heritage: Heritage, containers: dict[str, Container]
+) -> None:
+    for port in before["ports"]:
+        sock = None if port["fd"] < 0 else socket.socket(fileno=port["fd"])
+        host.ports.put(port["cid"], port["port"], sock, lent=port["lent"])
+        if sock is None and not port["lent"]:
+            host.ports.retake(port["cid"])
+    for state in before["containers"]:
+        container = restore_container(state, host, heritage, host.capture)
+        containers[container.cid] = container
+
+
+def _raise_descriptor_limit(table: System) -> int:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = table.descriptor_limit()
+    if most > soft:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    return max(most, soft)
+
+
+def _on_bug(bug: Exception, fd: int) -> None:
+    import traceback  # only now: it is large
+
+    log(f"bug, at descriptor {fd}: " + "".join(traceback.format_exception(bug)))
