@@ -2,11 +2,11 @@
 
 import asyncio
 from datetime import UTC, datetime, timedelta
-from typing import Any, Protocol
 
 from loguru import logger
 
 from worker.bus.connection import Bus
+from worker.bus.jetstream import StreamInfo
 from worker.bus.outbox import OutboxPublisher
 from worker.errors import ContractError
 from worker.records import ContainerRecord
@@ -16,17 +16,7 @@ LOOK_EVERY_S = 600.0
 NEARLY_FULL = 0.8
 
 
-class Limits(Protocol):
-    """What of a stream's settings and state counts here."""
-
-    max_age_s: float
-    max_bytes: int
-    bytes: int
-    first_time: datetime | None
-    last_time: datetime | None
-
-
-def oldest_safe(limits: Limits, now: datetime) -> datetime | None:
+def oldest_safe(limits: StreamInfo, now: datetime) -> datetime | None:
     """A status told before this moment is due again; None: nothing can fall out.
 
     By age, half of the stream's limit is left as a margin. By size, the stream drops its oldest part first:
@@ -60,12 +50,19 @@ class Repeater:
 
     async def look(self) -> int:
         """Publish what is due; gives how many statuses that were."""
-        info: Any = await self._bus.js.stream_info(self._stream)
+        info = await self._bus.js.stream_info(self._stream)
         due = oldest_safe(info, datetime.now(UTC))
         if due is None:
             return 0
 
         def is_due(record: ContainerRecord, told_at: datetime | None) -> bool:
-            return told_at is None or told_at < due
+            return (told_at or _newest_time(record)) < due
 
         return await self._runtime.repeat(is_due)
+
+
+def _newest_time(record: ContainerRecord) -> datetime:
+    """When an adopted container's status was told last, as far as the status itself shows."""
+    status = record.status
+    times = (status.created_at, status.started_at, status.finished_at)
+    return max((time for time in times if time is not None), default=datetime.min.replace(tzinfo=UTC))

@@ -78,7 +78,7 @@ ANSWER_TIMEOUT_S = 10.0
 START_TIMEOUT_S = 30.0
 END_TIMEOUT_S = 60.0  # beyond a stop's own: a tree that is hard to kill, or a disk that is slow
 SHUTDOWN_TIMEOUT_S = 120.0
-RECOVERY_TIMEOUT_S = 2.0
+RECOVERY_TIMEOUT_S = 10.0
 POLL_S = 0.005
 
 _ERRORS: dict[str, type[ContractError]] = {
@@ -264,8 +264,13 @@ class Launcher(News):
 
         Conflict while an exec or a start is under way, Unsupported when its code or ours is too old for that.
         """
+        wire = self._wire
         python, program = launcher_program()
         await self._ask("reexec", START_TIMEOUT_S, python=python, program=program)
+        if wire is not None:
+            await wire.ended.wait()
+        if self._recovery is not None:
+            await asyncio.wait([self._recovery])
 
     async def shutdown(self, *, kill: bool) -> None:
         """End the launcher, and this connection. With `kill` its containers end first, else Conflict while

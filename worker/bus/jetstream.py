@@ -6,6 +6,7 @@ await bus.js.last_message("SANDFLEET_EVT", "P.evt.n.>")   the newest message of 
 await bus.js.publish(subject, data, headers)              PubAck once stored
 """
 
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -53,6 +54,18 @@ class StreamInfo(msgspec.Struct, frozen=True):
     num_deleted: int
     deleted: frozenset[int]
     config: dict[str, Any]
+    first_time: datetime | None = None
+    last_time: datetime | None = None
+
+    @property
+    def max_age_s(self) -> float:
+        """0 for no limit."""
+        return int(self.config.get("max_age", 0)) / 1e9
+
+    @property
+    def max_bytes(self) -> int:
+        """0 for no limit."""
+        return max(0, int(self.config.get("max_bytes", 0)))
 
 
 class StreamNames(msgspec.Struct, frozen=True):
@@ -135,6 +148,8 @@ class JetStream:
             num_deleted=int(state.get("num_deleted", 0)),
             deleted=frozenset(state.get("deleted") or ()),
             config=answer.get("config", {}),
+            first_time=_time(state.get("first_ts")),
+            last_time=_time(state.get("last_ts")),
         )
 
     async def last_message(
@@ -174,3 +189,10 @@ def read_ack(reply: Message) -> PubAck:
     if ack.error is not None:
         raise JetStreamError(ack.error.code, ack.error.err_code, ack.error.description)
     return PubAck(ack.stream, ack.seq, ack.duplicate)
+
+
+def _time(text: object) -> datetime | None:
+    """A server's time; None for the year 1, which is how it says that there is none."""
+    if not isinstance(text, str) or text.startswith("0001-"):
+        return None
+    return msgspec.convert(text, datetime)

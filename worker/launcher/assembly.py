@@ -46,8 +46,7 @@ def assemble(
     table.hide_memory()
     table.adopt_orphans()
     table.name_process("main")
-    facts = {"started_at_us": time.time_ns() // 1000} if before is None else before["facts"]
-    files = tuple(facts.setdefault("files", resource.getrlimit(resource.RLIMIT_NOFILE)))
+    facts = _first_facts() if before is None else before["facts"]
     most = _raise_descriptor_limit(table)
     sandboxes = Sandboxes(allow_none=unsandboxed)
     try:
@@ -74,7 +73,7 @@ def assemble(
     )
     heritage = Heritage(
         launcher=os.getpid(),
-        inherited=Inherited(handled_signals(), (files[0], files[1])),
+        inherited=Inherited(handled_signals(), tuple(facts["files"])),
         keep=(place.trees,),
         sandboxes=sandboxes,
         table=table,
@@ -107,6 +106,11 @@ def assemble(
     Launcher(host, control, signals, sandboxes, spares, containers, replacement, described, place.abandoned)
     place.describe({**described, "socket": place.socket, "protocol": [PROTOCOL_MIN, PROTOCOL_MAX]})
     return loop
+
+
+def _first_facts() -> dict[str, Any]:
+    """What only the first launcher of this process can know."""
+    return {"started_at_us": time.time_ns() // 1000, "files": resource.getrlimit(resource.RLIMIT_NOFILE)}
 
 
 def _restore(

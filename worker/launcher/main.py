@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 from worker.launcher.assembly import assemble
 from worker.launcher.identity import EXIT_ALREADY_RUNNING, AlreadyRunning, Place, log
 from worker.launcher.loop import Loop
-from worker.launcher.reexec import read_state
+from worker.launcher.reexec import read_tables
 from worker.launcher.sandbox import Sandboxes
-from worker.launcher.state import STATE_VERSION
+from worker.launcher.state import STATE_VERSION, descriptors
 
 EXIT_USAGE, EXIT_FAILED = 2, 1
 
@@ -18,7 +18,7 @@ USAGE = (
     "usage: launcher --data-dir DIR --key-file FILE [--socket PATH] [--foreground] [--unsandboxed-for-tests]"
 )
 _FLAGS = ("--foreground", "--unsandboxed-for-tests")
-_VALUES = ("--data-dir", "--key-file", "--socket", "--resume", "--self-test")
+_VALUES = ("--data-dir", "--key-file", "--socket", "--resume")
 
 
 class Options(NamedTuple):
@@ -134,10 +134,10 @@ def serve(options: Options, place: Place, told: int) -> int:
 
 def resume(options: Options, place: Place, tables: int) -> int:
     """Be the launcher that this process was before its exec."""
-    before = read_state(tables)
+    before = read_tables(tables)
     held = before["held"]
     place.lock, place.trees = held["lock"], held["trees"]
-    for fd in _descriptors(before):
+    for fd in descriptors(before):
         os.set_inheritable(fd, False)
     os.umask(0o077)
     os.environ.clear()
@@ -146,14 +146,6 @@ def resume(options: Options, place: Place, tables: int) -> int:
     loop.run()
     place.leave()
     return 0
-
-
-def _descriptors(before: dict[str, Any]) -> list[int]:
-    from worker.launcher.state import descriptors
-
-    fds = [fd for state in before["containers"] for fd in descriptors(state)]
-    fds += [port["fd"] for port in before["ports"] if port["fd"] >= 0]
-    return [*fds, *before["held"].values()]
 
 
 def _assemble(options: Options, place: Place, listener: socket.socket, before: dict[str, Any] | None) -> Loop:

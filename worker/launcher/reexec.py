@@ -54,7 +54,7 @@ class Replacement:
         """Try the new code, then become it. The answer is sent just before."""
         if self._testing:
             raise Refused(CONFLICT, "the launcher is about to be replaced already")
-        self._state()  # whatever is in the way now is told at once
+        self._tables()  # whatever is in the way now is told at once
         command = [python, "-I", "-S", program]
         try:
             pid = os.posix_spawn(python, [*command, "--self-test", str(STATE_VERSION)], ENVIRONMENT)
@@ -77,14 +77,14 @@ class Replacement:
         if status:
             raise Refused(UNSUPPORTED, f"the new launcher's self-test failed: {command[-1]}")
         parts = self._parts
-        state, fds = self._state()
+        tables = self._tables()
         try:
             file = parts.unnamed_file()
         except OSError as failure:
             raise Refused(EXHAUSTED, f"no room for the launcher's tables: {failure}") from failure
-        fds.append(file)
+        fds = [*descriptors(tables), file]
         try:
-            _write_all(file, json.dumps(state).encode())
+            _write_all(file, json.dumps(tables).encode())
         except OSError as failure:
             os.close(file)
             raise Refused(EXHAUSTED, f"no room for the launcher's tables: {failure}") from failure
@@ -106,22 +106,16 @@ class Replacement:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM,))
             parts.spares.reopen()
 
-    def _state(self) -> tuple[dict[str, Any], list[int]]:
-        """The tables, and every descriptor that they name. Refused while something is under way."""
+    def _tables(self) -> dict[str, Any]:
+        """Refused while something is under way that they cannot hold."""
         parts = self._parts
-        containers = [container_state(container) for container in parts.containers.values()]
-        ports = parts.ports.state()
-        fds = [fd for state in containers for fd in descriptors(state)]
-        fds += [port["fd"] for port in ports if port["fd"] >= 0]
-        fds += parts.held.values()
-        state = {
+        return {
             "version": STATE_VERSION,
             "facts": parts.facts,
             "held": parts.held,
-            "ports": ports,
-            "containers": containers,
+            "ports": parts.ports.state(),
+            "containers": [container_state(container) for container in parts.containers.values()],
         }
-        return state, fds
 
 
 def _write_all(fd: int, data: bytes) -> None:
@@ -130,12 +124,12 @@ def _write_all(fd: int, data: bytes) -> None:
         view = view[os.write(fd, view) :]
 
 
-def read_state(fd: int) -> dict[str, Any]:
+def read_tables(fd: int) -> dict[str, Any]:
     """The tables that the launcher before us left in this descriptor, which is closed."""
     os.lseek(fd, 0, os.SEEK_SET)
     data = b""
     while chunk := os.read(fd, 1 << 20):
         data += chunk
     os.close(fd)
-    state: dict[str, Any] = json.loads(data)
-    return state
+    tables: dict[str, Any] = json.loads(data)
+    return tables

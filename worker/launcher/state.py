@@ -49,10 +49,15 @@ def _fd(container: Container, name: str) -> int:
     return -1 if stream is None else stream.fd
 
 
-def descriptors(state: dict[str, Any]) -> list[int]:
-    """Every descriptor that a container's state names."""
-    shim = [] if state["shim"] is None else [state["shim"]["fd"]]
-    return [fd for fd in (*shim, *state["pipes"]) if fd >= 0]
+def descriptors(tables: dict[str, Any]) -> list[int]:
+    """Every descriptor that the launcher's tables name."""
+    fds = [*tables["held"].values()]
+    fds += [port["fd"] for port in tables["ports"]]
+    for container in tables["containers"]:
+        fds += container["pipes"]
+        if container["shim"] is not None:
+            fds.append(container["shim"]["fd"])
+    return [fd for fd in fds if fd >= 0]
 
 
 def restore_container(state: dict[str, Any], host: Host, heritage: Heritage, capture: Capture) -> Container:
