@@ -36,6 +36,8 @@ QUERY_TIMEOUT_S = 5.0
 ABSENT_AFTER_S = 8.0
 PRESENCE_EVERY_S = 2.0
 RETRY_S = 0.25
+SEND_TRIES_S = 2.0
+WAIT_STEP_S = 10.0  # a request that a worker took along when it died is answered by nobody
 SUBJECT_FULL = (10077, 10047)  # per subject, and of the stream: "maximum messages …", "insufficient storage"
 
 T = TypeVar("T")
@@ -155,20 +157,35 @@ class FleetClient(FleetStreams):
     async def send(
         self, node: str, cid: str | None, command: AnyCommand, *, headers: dict[str, str] | None = None
     ) -> int:
-        """Store a command without waiting for what becomes of it; its place in the command stream."""
+        """Store a command without waiting for what becomes of it; its place in the command stream.
+
+        Tried again while the stream has no leader or the connection comes back: a node judges repetition by
+        the id. NoResponders: there is no such stream. NoAnswer: whether it was stored is unknown.
+        """
         verb = str(type(command).__struct_config__.tag)
         subject = self.subjects.command(node, cid, verb)
         body = msgspec.json.encode(command)
-        try:
-            return (await self.bus.js.publish(subject, body, headers)).seq
-        except NoResponders:
-            raise NoResponders("this server has no stream for commands: run sandfleet setup") from None
-        except JetStreamError as failure:
-            if failure.err_code in SUBJECT_FULL:
-                raise errors.ResourceExhausted(
-                    f"too many commands wait for {cid or node} already: is node {node} there?"
+        end = asyncio.get_running_loop().time() + SEND_TRIES_S
+        while True:
+            try:
+                return (await self.bus.js.publish(subject, body, headers)).seq
+            except JetStreamError as failure:
+                if failure.err_code in SUBJECT_FULL:
+                    raise errors.ResourceExhausted(
+                        f"too many commands wait for {cid or node} already: is node {node} there?"
+                    ) from None
+                raise
+            except (NoResponders, NoAnswer, NotConnected) as failure:
+                if asyncio.get_running_loop().time() < end:
+                    await asyncio.sleep(RETRY_S)
+                    continue
+                if isinstance(failure, NoResponders):
+                    raise NoResponders(
+                        "this server has no stream for commands: run sandfleet setup"
+                    ) from None
+                raise NoAnswer(
+                    f"the server does not confirm that it stored the command {command.id} ({failure.message})"
                 ) from None
-            raise
 
     async def completion(self, node: str, cid: str | None, command_id: str, since: int) -> CommandCompleted:
         """The completion of a command, from the events after `since`. A rejection raises its error."""
@@ -272,7 +289,7 @@ class FleetClient(FleetStreams):
         end = None if timeout_s is None else loop.time() + timeout_s
         silent_since: float | None = None
         while True:
-            left = q.MAX_WAIT_S if end is None else min(q.MAX_WAIT_S, end - loop.time())
+            left = WAIT_STEP_S if end is None else min(WAIT_STEP_S, end - loop.time())
             request = q.WaitRequest(container=cid, until=until, timeout_s=max(left, 0.0))
             try:
                 return await self.query(

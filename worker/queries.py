@@ -114,6 +114,7 @@ class Queries:
             tail=request.tail,
             since=request.since,
             cursor=request.cursor,
+            instance=actor.status.instance,
         )
         return q.LogsReply(lines=lines, cursor=cursor)
 

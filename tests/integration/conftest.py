@@ -37,7 +37,7 @@ class NatsSettings:
 async def until(condition: Callable[[], object], timeout_s: float = 10.0) -> None:
     """Wait for a condition, with a deadline."""
     async with asyncio.timeout(timeout_s):
-        while not condition():  # noqa: ASYNC110 - any condition, without a signal of its own
+        while not condition():
             await asyncio.sleep(0.005)
 
 

@@ -13,7 +13,6 @@ class Proxy:
         self._delay_s = delay_s
         self._server: asyncio.Server | None = None
         self._tasks: set[asyncio.Task[None]] = set()
-        self._writers: set[asyncio.StreamWriter] = set()
         self.url = ""
         self.deaf = False  # what the server says is thrown away
         self.lost_bytes = 0
@@ -30,8 +29,6 @@ class Proxy:
 
     async def break_all(self) -> None:
         """End every connection; new ones are taken."""
-        for writer in list(self._writers):
-            writer.close()
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -40,26 +37,24 @@ class Proxy:
         task = asyncio.get_running_loop().create_task(self._serve(reader, writer))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(lambda _: writer.close())  # also of one that was cancelled before it began
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        ends = [writer]
         try:
             server_reader, server_writer = await asyncio.open_connection("127.0.0.1", self._port)
-        except OSError:
-            writer.close()
-            return
-        self._writers |= {writer, server_writer}
-        try:
+            ends.append(server_writer)
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._copy(reader, server_writer, can_lose=False))
                 group.create_task(self._copy(server_reader, writer, can_lose=True))
         except* OSError:
             pass
         finally:
-            for end in (writer, server_writer):
+            for end in ends:
                 end.close()
+            for end in ends:
                 with contextlib.suppress(OSError):
                     await end.wait_closed()
-            self._writers -= {writer, server_writer}
 
     async def _copy(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, can_lose: bool

@@ -46,9 +46,7 @@ async def publish(sink: ChunkPublisher, first: int, count: int, size: int = 100,
     async with asyncio.TaskGroup() as group:
         for number in range(first, first + count):
             data = (b"%d " % number).ljust(size, b"x")
-            group.create_task(
-                sink.publish(where.get("subject", SUBJECT), data, headers(number * size, size))
-            )
+            group.create_task(sink.publish(where.get("subject", SUBJECT), data, headers(number * size, size)))
 
 
 def offsets(messages: list[StreamMessage]) -> list[int]:

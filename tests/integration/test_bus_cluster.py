@@ -33,10 +33,10 @@ def free_ports(count: int) -> list[int]:
 
 
 @pytest.fixture
-async def cluster(start_server: ServerFactory) -> AsyncIterator[list[EmbeddedServer]]:
+async def cluster(start_server: ServerFactory) -> list[EmbeddedServer]:
     ports = free_ports(3)
     routes = ", ".join(f'"nats://127.0.0.1:{port}"' for port in ports)
-    yield await asyncio.gather(
+    return await asyncio.gather(
         *(
             start_server(
                 name=f"s{number}",

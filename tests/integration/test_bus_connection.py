@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import json
 import ssl
 import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -14,6 +15,8 @@ import pytest
 from nacl.signing import SigningKey
 
 from tests.integration.conftest import Connect, NatsSettings, ServerFactory, TlsFiles, until
+from tests.integration.proxy import Proxy
+from worker.bus import wire
 from worker.bus.connection import Bus
 from worker.bus.failures import NoAnswer, NoResponders, NotConnected
 from worker.bus.messages import Message
@@ -184,8 +187,6 @@ async def test_nkey(start_server: ServerFactory, connect: Connect, tmp_path: Pat
 
 
 def jwt(claims: dict[str, Any], issuer_seed: bytes) -> str:
-    import json
-
     def part(data: bytes) -> str:
         return base64.urlsafe_b64encode(data).rstrip(b"=").decode()
 
@@ -420,6 +421,24 @@ async def test_it_comes_back_when_the_server_closes_it_with_an_error(
     await bus.flush()
 
 
+async def test_a_peer_that_vanished_is_noticed(
+    start_server: ServerFactory, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing breaks a connection to a machine that lost its power: unanswered pings do."""
+    monkeypatch.setattr(wire, "PING_INTERVAL_S", 0.1)
+    server = await start_server()
+    async with Proxy(server.port) as proxy:
+        bus = await connect(proxy.url)
+        hanging = asyncio.create_task(bus.request("$SYS.none", b"", 60))
+        proxy.deaf = True
+        with pytest.raises((NotConnected, NoResponders)):
+            await hanging
+        await until(lambda: not bus.connected)
+        proxy.deaf = False
+        await until(lambda: bus.session == 2)
+        await bus.flush()
+
+
 async def test_permission_violations_are_kept(start_server: ServerFactory, connect: Connect) -> None:
     server = await start_server(
         config='authorization { users: [ { user: u, password: p, permissions: { publish: "a" } } ] }'
@@ -436,8 +455,12 @@ async def test_closing_while_the_server_is_away(start_server: ServerFactory, con
     bus = await connect(server)
     await server.stop()
     await until(lambda: not bus.connected)
+    waiting = asyncio.create_task(bus.wait_connected())
+    await asyncio.sleep(0)
     await bus.close()
     await bus.close()
+    with pytest.raises(NotConnected):
+        await waiting
     with pytest.raises(NotConnected):
         await bus.wait_connected()
 

@@ -263,9 +263,7 @@ async def test_a_fenced_worker_does_not_take_its_consumer_back(
         assert taken.rebuilds == 1
 
 
-async def test_the_stream_is_deleted_and_made_again(
-    start_server: ServerFactory, connect: Connect
-) -> None:
+async def test_the_stream_is_deleted_and_made_again(start_server: ServerFactory, connect: Connect) -> None:
     server = await start_server()
     admin = await connect(server)
     await setup_streams(admin)
@@ -373,4 +371,3 @@ async def test_latency_of_a_waiting_consumer(
             await asyncio.wait_for(arrived.wait(), 5)
             took.append(loop.time() - began)
     assert sorted(took)[50] < 0.01
-

@@ -83,9 +83,7 @@ async def test_everything_a_worker_does(
     consumer = CommandConsumer(bus, node=NODE, subjects=of, check_fence=outbox.check_fence)
     presence = Presence(bus, NODE, lambda: {"node": NODE}, interval_s=0.05)
     sink = ChunkPublisher(bus)
-    tasks = [
-        asyncio.create_task(work) for work in (outbox.run(), consumer.run(handle), presence.run())
-    ]
+    tasks = [asyncio.create_task(work) for work in (outbox.run(), consumer.run(handle), presence.run())]
     service = await serve_queries(bus, NODE, {"echo": echo}, "1.0.0", subjects=of)
 
     async def use(turn: int) -> None:

@@ -111,9 +111,7 @@ async def test_the_form_of_an_error(
     assert msgspec.json.decode(reply.data, type=Error).code == code
 
 
-async def test_handlers_run_side_by_side_up_to_a_bound(
-    nats_server: EmbeddedServer, connect: Connect
-) -> None:
+async def test_handlers_run_side_by_side_up_to_a_bound(nats_server: EmbeddedServer, connect: Connect) -> None:
     bus, client = await connect(nats_server, node="n1"), await connect(nats_server)
     gate, inside = asyncio.Event(), 0
 

@@ -112,7 +112,7 @@ async def test_own_names_and_a_domain(start_server: ServerFactory, connect: Conn
     made = await setup_streams(bus, subjects=subjects)
     assert "ACME_CMD" in made.made
     assert "KV_ACME_NODES" in made.made
-    assert [config["name"] for config in wanted(bus)][0] == "ACME_CMD"
+    assert wanted(bus)[0]["name"] == "ACME_CMD"
     assert await check_streams(bus, subjects=subjects) == []
     assert (await config_of(bus, "ACME_CMD"))["subjects"] == ["acme.fleet.cmd.>"]
     elsewhere = await connect(server, domain="elsewhere")

@@ -514,6 +514,20 @@ def test_setup_makes_streams_once(fleet: Fleet, say: Say) -> None:
     assert json.loads(say("setup", "--json")[1])["created"] == []
 
 
+def test_doctor_looks_at_streams_and_clock(fleet: Fleet, say: Say) -> None:
+    def levels() -> dict[str, str]:
+        return {one["check"]: one["level"] for one in json.loads(say("doctor", "--json")[1])}
+
+    before = levels()
+    assert before["server"] == "ok"
+    assert before["SANDFLEET_EVT"] == "fail"
+    assert "clock" not in before
+    assert "do: sandfleet setup" in " ".join(say("doctor")[1].split())
+    fleet.node("mac")
+    after = levels()
+    assert [after[check] for check in ("server", "streams", "clock", "nodes")] == ["ok"] * 4
+
+
 def test_without_streams_the_way_is_shown(fleet: Fleet, say: Say) -> None:
     code, _, err = say("ps")
     assert code == 4

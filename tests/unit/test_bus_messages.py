@@ -1,5 +1,6 @@
 """Wire details without a wire: acknowledgement subjects, times, headers, addresses, credentials, permissions."""
 
+import inspect
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -7,12 +8,21 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from nats.aio.client import Client
 
-from worker.bus.credentials import connect_options, has_credentials, parse_servers, tls_context, wants_tls
+from worker.bus.credentials import (
+    connect_options,
+    has_credentials,
+    learned_servers,
+    parse_servers,
+    tls_context,
+    wants_tls,
+)
 from worker.bus.failures import JetStreamError
-from worker.bus.messages import Message, check_headers, from_nats, parse_ack, parse_time
+from worker.bus.messages import Message, check_headers, check_pattern, from_nats, parse_ack, parse_time
 from worker.bus.permissions import config_block, node_permissions
 from worker.bus.rpc import header_text
+from worker.bus.wire import WireClient
 from worker.errors import Configuration, Internal
 
 
@@ -93,10 +103,23 @@ def test_the_size_of_headers_is_what_goes_over_the_wire() -> None:
     assert check_headers(None) == check_headers({}) == 0
 
 
-@pytest.mark.parametrize("bad", [{"K": "a\nb"}, {"K": "a\r"}, {"K": "ä"}, {"K": "\x00"}, {"a b": ""}, {"": ""}])
+@pytest.mark.parametrize(
+    "bad", [{"K": "a\nb"}, {"K": "a\r"}, {"K": "ä"}, {"K": "\x00"}, {"a b": ""}, {"": ""}]
+)
 def test_what_a_header_cannot_carry(bad: dict[str, str]) -> None:
     with pytest.raises(Internal):
         check_headers(bad)
+
+
+@pytest.mark.parametrize("subject", ["a", "a.b", "a.*.c", "a.>", ">", "*", "$JS.x", "a.b-c_d"])
+def test_subjects_to_subscribe_to(subject: str) -> None:
+    check_pattern(subject)
+
+
+@pytest.mark.parametrize("subject", ["", ".", "a.", ".a", "a..b", "a b", "a\r\nSUB", "a.>.b", "a*", "a.b>"])
+def test_no_subjects_to_subscribe_to(subject: str) -> None:
+    with pytest.raises(Internal):
+        check_pattern(subject)
 
 
 def test_a_status_is_told_from_a_message() -> None:
@@ -136,6 +159,27 @@ def test_addresses(url: str, expected: str, secret: dict[str, str]) -> None:
 
 def test_several_addresses() -> None:
     assert [server.port for server in parse_servers("nats://a:1, b:2 ,tls://c:3")] == [1, 2, 3]
+
+
+def test_servers_that_a_server_tells_of() -> None:
+    known = parse_servers("tls://tok@fleet.example.org:4222")
+    urls = [
+        "fleet.example.org:4222",
+        "10.0.0.2:4222",
+        "[fd00::2]:4222",
+        "b.example.org:5222",
+        "b.example.org:5222",
+        "x",
+    ]
+    found = learned_servers(known, known[0], urls)
+    assert [server.url for server in found] == [
+        "tls://10.0.0.2:4222",
+        "tls://[fd00::2]:4222",
+        "tls://b.example.org:5222",
+    ]
+    # An address has no certificate of its own.
+    assert [server.name for server in found] == ["fleet.example.org", "fleet.example.org", "b.example.org"]
+    assert all(server.secret == {"token": "tok"} for server in found)
 
 
 @pytest.mark.parametrize(
@@ -232,6 +276,28 @@ def test_the_contracts_permissions_to_the_letter() -> None:
     assert (found.max_responses, found.response_expires) == (1000, "11m")
     block = config_block(found)
     assert 'allow_responses: { max: 1000, expires: "11m" }' in block
+
+
+# -- what we rely on in nats-py, beside its documented ways
+
+
+def test_the_parts_of_nats_py_that_are_overridden_or_used() -> None:
+    """An upgrade that renames one of them must fail here and not in the night."""
+    for name in (
+        "_close",
+        "_flush_pending",
+        "_process_info",
+        "_process_pong",
+        "_send_command",
+        "_send_ping",
+    ):
+        assert inspect.iscoroutinefunction(getattr(Client, name)), name
+        if name in vars(WireClient):
+            ours = inspect.signature(getattr(WireClient, name)).parameters
+            assert list(ours) == list(inspect.signature(getattr(Client, name)).parameters), name
+    client = Client()
+    for name in ("_pongs", "_pongs_received", "_pings_outstanding", "_transport"):
+        assert hasattr(client, name), name
 
 
 # -- errors

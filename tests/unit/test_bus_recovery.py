@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.bus.recovery import GoOn, IsFenced, Shown, Stream, decide, needs_deleted
+from worker.bus.recovery import GoOn, IsFenced, Shown, Stream, decide, may_be_stale, needs_deleted
 from worker.journal_rows import StreamPosition
 
 EPOCH, OTHER = "01E0", "01F9"
@@ -152,6 +152,24 @@ def test_when_the_list_of_deleted_is_asked_for() -> None:
     assert not asked(None, holes, None)
     assert not asked(None, Stream(created=NEW, first_seq=1, last_seq=900, num_deleted=5))
     assert not asked(None, Stream(created=OLD, first_seq=501, last_seq=900, num_deleted=5))
+
+
+def test_an_older_message_of_another_may_come_from_a_replica_that_lags() -> None:
+    """We took over at 500 and have published since; a follower still shows the other one's last."""
+
+    def stale(
+        shown: Shown | None, stream: Stream = STREAM, position: StreamPosition | None = POSITION
+    ) -> bool:
+        return may_be_stale(position=position, stream=stream, shown=shown)
+
+    assert stale(foreign(490, OTHER, 77))
+    assert not stale(foreign(501, OTHER, 78))
+    assert not stale(None)
+    assert not stale(foreign(490, OTHER, 77), position=None)
+    assert not stale(foreign(490, OTHER, 77), Stream(created=OLD, first_seq=1, last_seq=495))
+    assert not stale(foreign(490, OTHER, 77), Stream(created=NEW, first_seq=1, last_seq=900))
+    holes = Stream(created=OLD, first_seq=1, last_seq=900, num_deleted=1, deleted=frozenset({500}))
+    assert not stale(foreign(490, OTHER, 77), holes)
 
 
 # -- the law: whatever happens to the stream, what is sent next neither repeats nor skips

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from schemas.streams import bucket_spec, stream_specs
-from worker.bus.outbox import Pace
+from worker.bus.batches import Pace
 from worker.bus.streams import bucket_config, judge, stream_config
 
 CONFIGS = {
@@ -44,7 +44,9 @@ def test_what_costs_something(name: str, change: dict[str, Any], problem: str, f
     assert finding.cost
 
 
-@pytest.mark.parametrize("change", [{"max_age": 1}, {"max_bytes": 5}, {"num_replicas": 3}, {"max_consumers": -1}])
+@pytest.mark.parametrize(
+    "change", [{"max_age": 1}, {"max_bytes": 5}, {"num_replicas": 3}, {"max_consumers": -1}]
+)
 def test_limits_are_the_operators(change: dict[str, Any]) -> None:
     config = CONFIGS["SANDFLEET_EVT"]
     assert judge("SANDFLEET_EVT", wanted=config, found={**config, **change}) == []

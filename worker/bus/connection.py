@@ -18,7 +18,6 @@ meanwhile.
 
 import asyncio
 import random
-import ssl
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -27,26 +26,20 @@ from nats import errors as nats_errors
 from nats.aio.msg import Msg
 from nats.nuid import NUID
 
-from worker.bus.credentials import (
-    NatsSettings,
-    Server,
-    connect_options,
-    has_credentials,
-    parse_servers,
-    tls_context,
-)
+from worker.bus.credentials import NatsSettings
+from worker.bus.dial import Dialer, cancellations
 from worker.bus.failures import NoAnswer, NoResponders, NotConnected
 from worker.bus.jetstream import JetStream
-from worker.bus.messages import Headers, Message, Reply, check_headers, from_nats
-from worker.bus.probe import CONNECT_TIMEOUT_S, Refused, ServerInfo, probe
+from worker.bus.messages import Headers, Message, Reply, check_headers, check_pattern, from_nats
+from worker.bus.probe import Refused
+from worker.bus.replies import Replies
 from worker.bus.subscription import Handler, MessageQueue, Subscription
-from worker.bus.wire import ConnectFailed, WireClient, describe
+from worker.bus.wire import WireClient, describe
 from worker.errors import Configuration, Internal, ResourceExhausted, Unavailable
 
 FIRST_RETRY_S = 0.05
 LONGEST_RETRY_S = 5.0
 REPORT_EVERY_S = 30.0
-MIN_PAYLOAD_BYTES = 288 * 1024  # a log chunk of 256 KiB with its headers
 HIGH_WATER_BYTES = 8 * 1024 * 1024
 NO_RESPONDERS = 503
 KEPT_COMPLAINTS = 100
@@ -60,13 +53,10 @@ class Bus:
         self.node = node
         self.name = name
         self.inbox_prefix = f"_INBOX_{node}" if node is not None else "_INBOX"
-        self.insecure = not has_credentials(cfg)
         self.session = 0  # counts the connections made; rises at each reconnect
         self.complaints: list[str] = []  # what the server refused out of band (permissions), the newest
         self.js = JetStream(self, domain=cfg.domain)
-        self._servers = parse_servers(cfg.url)
-        self._tls: ssl.SSLContext | None = tls_context(cfg)
-        self._handshake_first = False
+        self._dialer = Dialer(cfg, name=name, inbox_prefix=self.inbox_prefix, needs_payload=node is not None)
         self._client: WireClient | None = None
         self._broken = asyncio.Event()
         self._up = asyncio.Event()
@@ -75,9 +65,7 @@ class Bus:
         self._subscriptions: dict[int, Subscription] = {}
         self._listeners: list[Callable[[bool], None]] = []
         self._nuid = NUID()
-        self._mux = ""
-        self._tokens = 0
-        self._replies: dict[str, asyncio.Future[Message]] = {}
+        self._replies = Replies()
         self._pongs: set[asyncio.Future[Any]] = set()
 
     @classmethod
@@ -103,7 +91,12 @@ class Bus:
 
     @property
     def connected(self) -> bool:
-        return self._up.is_set()
+        return self._up.is_set() and not self._closing
+
+    @property
+    def insecure(self) -> bool:
+        """Nothing authenticates this client."""
+        return self._dialer.insecure
 
     @property
     def server_version(self) -> str:
@@ -116,7 +109,7 @@ class Bus:
     @property
     def url(self) -> str:
         """The server in use, or the first configured; never with credentials."""
-        return self._servers[0].url
+        return self._dialer.servers[0].url
 
     @property
     def max_payload(self) -> int:
@@ -125,16 +118,22 @@ class Bus:
     @property
     def peer_ports(self) -> frozenset[int]:
         """The ports of all known servers, which no container may reach."""
-        return frozenset(server.port for server in self._servers)
+        return frozenset(server.port for server in self._dialer.servers)
 
     @property
     def _info(self) -> dict[str, Any]:
         return self._client.info if self._client is not None else {}
 
     async def wait_connected(self) -> None:
+        """NotConnected once the bus is closed, also for those who wait already.
+
+        Gives way once in any case: a client whose end was not noticed yet would keep its caller, who tries
+        again at once, from ever letting it be noticed.
+        """
+        await asyncio.sleep(0)
+        await self._up.wait()
         if self._closing:
             raise NotConnected("the connection is closed")
-        await self._up.wait()
 
     def listen(self, fn: Callable[[bool], None]) -> Callable[[], None]:
         """Call `fn(connected)` at each change, from the event loop. Returns what ends it."""
@@ -165,6 +164,8 @@ class Bus:
         except nats_errors.BadSubjectError:
             raise Internal(f"{subject!r} is no subject to publish on") from None
         except nats_errors.Error as error:
+            if client.is_closed and client is self._client:
+                self._went_down(describe(error))
             raise NotConnected(f"the connection to NATS broke: {describe(error)}") from error
         if client.pending_data_size > HIGH_WATER_BYTES:
             await self.flush(timeout=60.0)
@@ -192,23 +193,13 @@ class Bus:
         For pipelining: publish with that reply subject and await the future under a timeout. It fails with
         NotConnected when the connection breaks.
         """
-        self._tokens += 1
-        token = format(self._tokens, "x")
-        future: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
-        self._replies[token] = future
-        return token, future
+        return self._replies.expect()
 
     def reply_subject(self, token: str) -> str:
-        return f"{self._mux}.{token}"
+        return self._replies.subject(token)
 
     def forget(self, token: str) -> None:
-        future = self._replies.pop(token, None)
-        if future is None:
-            return
-        if not future.done():
-            future.cancel()
-        elif not future.cancelled():
-            future.exception()  # seen: an abandoned answer is no error
+        self._replies.forget(token)
 
     def new_inbox(self) -> str:
         """A fresh subject below this node's inbox prefix."""
@@ -216,6 +207,7 @@ class Bus:
 
     async def subscribe(self, subject: str, handler: Handler, *, queue: str = "") -> Subscription:
         """Call `handler(message)` for each message, in order. It survives reconnects; end it with `stop`."""
+        check_pattern(subject)
         subscription = Subscription(self, subject, handler, queue)
         self._subscriptions[id(subscription)] = subscription
         if self.connected:
@@ -258,17 +250,18 @@ class Bus:
         for subscription in list(self._subscriptions.values()):
             subscription.ended()
         self._subscriptions.clear()
+        self._up.set()  # for those who wait for a connection
 
     # -- the connection and its successor
 
     async def _first_connect(self, *, retry: bool) -> None:
         pause = FIRST_RETRY_S
         told = False
-        give_up = _cancellations()
+        give_up = cancellations()
         while True:
             try:
-                await self._probe_all()
-                await self._open(self._servers[0])
+                await self._dialer.find()
+                await self._open()
                 return
             except Refused as refused:
                 if not retry:
@@ -276,62 +269,14 @@ class Bus:
                 if not told:
                     logger.warning("no NATS server yet ({}); waiting and trying again", refused.message)
                     told = True
-                if _cancellations() > give_up:
+                if cancellations() > give_up:
                     raise asyncio.CancelledError from None
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(pause * 2, LONGEST_RETRY_S)
 
-    async def _probe_all(self) -> None:
-        """Put a server that answers first. Configuration beats Refused only when no server will do."""
-        refused: Refused | None = None
-        for number, server in enumerate(self._servers):
-            try:
-                info = await probe(server, tls=self._tls, authenticated=not self.insecure)
-            except Refused as failure:
-                refused = refused or failure
-                continue
-            self._note(info, server)
-            self._servers.insert(0, self._servers.pop(number))
-            return
-        assert refused is not None
-        raise refused
-
-    def _note(self, info: ServerInfo, server: Server) -> None:
-        self._handshake_first = info.handshake_first
-        if not info.headers:
-            raise Configuration(f"the NATS server at {server.url} does not support headers")
-        if self.node is not None and info.max_payload < MIN_PAYLOAD_BYTES:
-            raise Configuration(
-                f"the NATS server at {server.url} takes messages of {info.max_payload} bytes: "
-                f"max_payload must be at least {MIN_PAYLOAD_BYTES}"
-            )
-
-    async def _open(self, server: Server) -> None:
-        """Connect to `server` and subscribe all again. Configuration, or Refused, which may pass."""
-        options = connect_options(self.cfg, server)
-        if self._tls is not None:
-            options |= {
-                "tls": self._tls,
-                "tls_hostname": server.name,
-                "tls_handshake_first": self._handshake_first,
-            }
-        client = WireClient(secure=self._tls is not None, on_error=self._complain)
-
-        async def closed() -> None:
-            if client is self._client:
-                self._went_down("the connection to NATS broke")
-
-        try:
-            await client.open(
-                server.url,
-                name=self.name,
-                inbox_prefix=self.inbox_prefix,
-                connect_timeout_s=CONNECT_TIMEOUT_S,
-                on_closed=closed,
-                **options,
-            )
-        except ConnectFailed as failure:
-            raise _connect_error(server, failure) from None
+    async def _open(self) -> None:
+        """Connect and subscribe all again. Configuration, or Refused, which may pass."""
+        client = await self._dialer.dial(on_down=self._on_down, on_error=self._complain)
         self._broken.clear()
         self._client = client
         try:
@@ -340,14 +285,17 @@ class Bus:
             self._client = None
             await client.close()
             raise
-        self._learn_servers(server, client)
         self.session += 1
         self._up.set()
         self._tell(True)
 
+    def _on_down(self, client: WireClient) -> None:
+        if client is self._client:
+            self._went_down("the connection to NATS broke")
+
     async def _resume(self, client: WireClient) -> None:
-        self._mux = f"{self.inbox_prefix}.{self._nuid.next().decode()}"
-        await self._subscribe_wire(client, f"{self._mux}.*", "", self._on_reply)
+        self._replies.inbox = self.new_inbox()
+        await self._subscribe_wire(client, f"{self._replies.inbox}.*", "", self._replies.arrived)
         # More may be added meanwhile.
         while missing := [sub for sub in self._subscriptions.values() if sub.raw is None]:
             for subscription in missing:
@@ -356,19 +304,6 @@ class Bus:
                 break
         if not client.is_connected:
             raise Refused(f"{self.url} closed the connection")
-
-    def _learn_servers(self, current: Server, client: WireClient) -> None:
-        """Servers of the same cluster, as the server tells them, come after the configured ones."""
-        known = {(server.host, server.port) for server in self._servers}
-        for url in client.info.get("connect_urls") or []:
-            host, _, port = str(url).rpartition(":")
-            host = host.strip("[]")
-            if not host or not port.isdigit() or (host, int(port)) in known:
-                continue
-            known.add((host, int(port)))
-            self._servers.append(
-                Server(current.scheme, host, int(port), secret=current.secret, name=current.name)
-            )
 
     async def _keep(self) -> None:
         while not self._closing:
@@ -382,23 +317,24 @@ class Bus:
         pause, told = FIRST_RETRY_S, loop.time()
         while True:
             await asyncio.sleep(pause * random.uniform(0.2, 1.0))
-            server = self._servers[0]
+            url = self.url
             try:
-                await self._open(server)
+                await self._open()
                 return
             except Exception as error:  # whatever it is, a worker goes on trying
                 if self._closing:
                     raise asyncio.CancelledError from None
                 if loop.time() - told > REPORT_EVERY_S:
                     told = loop.time()
-                    logger.warning("still no connection to {}: {}; trying again", server.url, describe(error))
-                self._servers.append(self._servers.pop(0))
+                    logger.warning("still no connection to {}: {}; trying again", url, describe(error))
+                self._dialer.try_next()
             pause = min(pause * 1.6, LONGEST_RETRY_S)
 
     def _went_down(self, why: str) -> None:
         was_up = self._up.is_set()
         self._up.clear()
-        for future in [*self._replies.values(), *self._pongs]:
+        self._replies.fail(why)
+        for future in self._pongs:
             if not future.done():
                 future.set_exception(NotConnected(why))
         for subscription in self._subscriptions.values():
@@ -422,7 +358,7 @@ class Bus:
     # -- the wire
 
     def _connected_client(self) -> WireClient:
-        if self._client is None or not self._up.is_set():
+        if self._client is None or not self.connected:
             raise NotConnected("there is no connection to NATS now")
         return self._client
 
@@ -434,9 +370,6 @@ class Bus:
             raw = await self._subscribe_wire(
                 client, subscription.subject, subscription.queue, subscription.deliver
             )
-        except nats_errors.BadSubjectError:
-            self._subscriptions.pop(id(subscription), None)
-            raise Internal(f"{subscription.subject!r} is no subject to subscribe to") from None
         except nats_errors.Error:
             return  # the connection is going; its successor subscribes again
         if client is self._client:
@@ -459,26 +392,3 @@ class Bus:
             await raw.unsubscribe()
         except nats_errors.Error:
             return  # gone with its connection
-
-    def _on_reply(self, message: Message) -> None:
-        token = message.subject.rpartition(".")[2]
-        future = self._replies.get(token)
-        if future is not None and not future.done():
-            future.set_result(message)
-
-
-def _connect_error(server: Server, failure: ConnectFailed) -> Configuration | Refused:
-    why = str(failure)
-    if "authorization" in why.lower() or "authentication" in why.lower():
-        return Configuration(f"the NATS server at {server.url} refuses the credentials", field="nats")
-    if isinstance(failure.__cause__, ssl.SSLError | nats_errors.SecureConnWantedError):
-        return Configuration(f"no TLS connection to {server.url}: {why}", field="nats.tls")
-    return Refused(f"{server.url}: {why}")
-
-
-def _cancellations() -> int:
-    """How often this task was asked to end. asyncio.wait_for of Python 3.11, which nats-py uses, gives the
-    exception of what it waits for instead of a cancellation that comes at the same time.
-    """
-    task = asyncio.current_task()
-    return task.cancelling() if task is not None else 0

@@ -14,7 +14,6 @@ import asyncio
 import random
 from collections import deque
 from collections.abc import Awaitable, Callable
-from datetime import datetime
 from typing import Any
 
 import msgspec
@@ -22,11 +21,14 @@ from loguru import logger
 
 from schemas.subjects import Subjects
 from worker.bus.connection import Bus
+from worker.bus.delivery import Delivery
 from worker.bus.failures import JetStreamError, NoAnswer, NoResponders
 from worker.bus.jetstream import StreamNames
-from worker.bus.messages import Headers, Message, parse_ack
+from worker.bus.messages import Message, parse_ack
 from worker.bus.subscription import Subscription
 from worker.errors import Unavailable
+
+__all__ = ["CommandConsumer", "Delivery"]
 
 NANOS = 1_000_000_000
 MAX_IN_FLIGHT = 256
@@ -44,82 +46,8 @@ LONGEST_RETRY_S = 2.0
 REPORT_EVERY_S = 30.0
 
 _HEARTBEAT = 100
-_ACK, _TERM, _PROGRESS = b"+ACK", b"+TERM", b"+WPI"
 
-Handle = Callable[["Delivery"], Awaitable[None]]
-
-
-class Delivery:
-    """One message. Whoever got it ends it with exactly one of `ack`, `term` or `nak`; further calls do
-    nothing.
-
-    None of them fails: an acknowledgement that is lost brings the message again, which the ledger knows.
-    """
-
-    __slots__ = (
-        "_consumer",
-        "_reply",
-        "data",
-        "done",
-        "headers",
-        "since",
-        "stream_seq",
-        "subject",
-        "time",
-        "times",
-    )
-
-    def __init__(
-        self,
-        consumer: "CommandConsumer",
-        message: Message,
-        *,
-        stream_seq: int,
-        time: datetime,
-        deliveries: int,
-        since: float,
-    ) -> None:
-        self.subject = message.subject
-        self.headers: Headers = message.headers
-        self.data = message.data
-        self.stream_seq = stream_seq
-        self.time = time
-        self.times = deliveries
-        self.since = since
-        self.done = False
-        self._reply = message.reply
-        self._consumer = consumer
-
-    @property
-    def redelivered(self) -> bool:
-        return self.times > 1
-
-    async def ack(self, *, wait: bool = False) -> None:
-        """It is in the journal: the stream may forget it. `wait` for the server's confirmation."""
-        await self._finish(_ACK, wait=wait)
-
-    async def term(self) -> None:
-        """It can never be understood: it is not to come again."""
-        await self._finish(_TERM)
-
-    async def nak(self, delay_s: float = 0.0) -> None:
-        """It cannot be taken now: it and all after it come again, in order, after `delay_s`."""
-        if not self.done:
-            self.done = True
-            self._consumer._replay_after(delay_s)
-            self._consumer._finished(self)
-
-    async def in_progress(self) -> None:
-        """It is being worked on. (The consumer says so by itself for what it has handed out.)"""
-        if not self.done:
-            await self._consumer._answer(self._reply, _PROGRESS)
-
-    async def _finish(self, answer: bytes, *, wait: bool = False) -> None:
-        if self.done:
-            return
-        self.done = True
-        await self._consumer._answer(self._reply, answer, wait=wait)
-        self._consumer._finished(self)
+Handle = Callable[[Delivery], Awaitable[None]]
 
 
 class CommandConsumer:
@@ -200,7 +128,7 @@ class CommandConsumer:
             return  # it comes again, behind what was given back
         held = self._held.get(ack.stream_seq)
         if held is not None:
-            held._reply = message.reply  # the newest delivery is the one to answer
+            held.redelivered_as(message.reply)
             return
         delivery = Delivery(
             self, message, stream_seq=ack.stream_seq, time=ack.time, deliveries=ack.deliveries, since=now
@@ -273,7 +201,7 @@ class CommandConsumer:
 
     # -- answers
 
-    async def _answer(self, reply: str, answer: bytes, *, wait: bool = False) -> None:
+    async def answer(self, reply: str, answer: bytes, *, wait: bool = False) -> None:
         try:
             if wait:
                 await self._bus.request(reply, answer)
@@ -283,13 +211,13 @@ class CommandConsumer:
             # It comes again, and the ledger knows it.
             logger.debug("an acknowledgement was not sent: {}", failure.message)
 
-    def _finished(self, delivery: Delivery) -> None:
+    def finished(self, delivery: Delivery) -> None:
         if self._held.get(delivery.stream_seq) is delivery:
             del self._held[delivery.stream_seq]
         if not self._queue and self._max - len(self._held) - max(0, self._asked) >= self._max // 2:
             self._wake.set()
 
-    def _replay_after(self, delay_s: float) -> None:
+    def replay_after(self, delay_s: float) -> None:
         at = self._now() + delay_s
         self._replay_at = at if self._replay_at is None else max(self._replay_at, at)
         for queued in self._queue:

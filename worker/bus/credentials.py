@@ -6,6 +6,7 @@ accompany any of them. Files are read again at each connect, so that they can be
 is ever part of a message.
 """
 
+import ipaddress
 import ssl
 from pathlib import Path
 from typing import Any, Protocol
@@ -103,6 +104,29 @@ def _parse_server(text: str) -> Server:
             f"{_without_secret(text)} is no NATS address: expected nats://HOST:PORT", field="nats.url"
         )
     return Server(parts.scheme, parts.hostname, port, secret=_url_secret(parts), name=parts.hostname)
+
+
+def learned_servers(known: list[Server], current: Server, urls: list[str]) -> list[Server]:
+    """Those of `urls` (`host:port`, as a server tells of its cluster) that are not known yet."""
+    found: list[Server] = []
+    addresses = {(server.host, server.port) for server in known}
+    for url in urls:
+        host, _, port = str(url).rpartition(":")
+        host = host.strip("[]")
+        if not host or not port.isdigit() or (host, int(port)) in addresses:
+            continue
+        addresses.add((host, int(port)))
+        # A certificate is issued for the name that was configured, not for the address that was learned.
+        found.append(Server(current.scheme, host, int(port), secret=current.secret, name=current.name))
+    return found
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
 
 
 def _url_secret(parts: SplitResult) -> dict[str, str]:

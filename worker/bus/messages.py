@@ -17,6 +17,7 @@ HEADER_LINE_BYTES = 4  # ": " and "\r\n"
 
 _KEY = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 _VALUE = re.compile(r"[\x20-\x7e\t]*")
+_PART = re.compile(r"[^\s.*>]+")
 _NANOS = re.compile(r"\.(\d{1,9})")
 
 Headers = dict[str, str]
@@ -97,6 +98,15 @@ def check_headers(headers: Headers | None) -> int:
             raise Internal(f"the header {key!r} holds what a header cannot carry")
         size += len(key) + len(value) + HEADER_LINE_BYTES
     return size
+
+
+def check_pattern(subject: str) -> None:
+    """Internal unless one can subscribe to `subject`: no empty part, no blank, wildcards in their places."""
+    parts = subject.split(".")
+    for number, part in enumerate(parts, 1):
+        wildcard = part == "*" or (part == ">" and number == len(parts))
+        if _PART.fullmatch(part) is None and not wildcard:
+            raise Internal(f"{subject!r} is no subject to subscribe to")
 
 
 def from_nats(subject: str, reply: str, data: bytes, headers: dict[Any, str] | None) -> Message:

@@ -4,15 +4,12 @@ Each batch says which message of this node it expects to be the newest, so a bat
 its answer was lost, or a second worker under the same name, is refused and looked into (`recovery`). Events
 carry no message id.
 
-A batch is atomic and costs the server a fixed effort (4 to 6 ms for file storage on one server, next to
-nothing with replicas), a single publish a round trip. So a few events go one by one and a backlog in
-batches, whichever is faster by what was measured so far; a batch of one is a plain publish with the same
-expectation.
+`batches` has the form in which they are written. Rows stay in the journal for 10 minutes after their
+acknowledgement, and after a reconnect until they were seen again: an acknowledgement is no fsync.
 """
 
 import asyncio
 import random
-import secrets
 from collections import deque
 from datetime import timedelta
 
@@ -20,16 +17,15 @@ import msgspec
 from loguru import logger
 
 from schemas.subjects import Subjects
+from worker.bus.batches import EventWriter
 from worker.bus.connection import Bus
-from worker.bus.failures import JetStreamError, NoAnswer, NoResponders, NotConnected
-from worker.bus.jetstream import PubAck, StreamNames, read_ack
-from worker.bus.recovery import Decision, GoOn, IsFenced, Shown, Stream, decide, needs_deleted
+from worker.bus.failures import JetStreamError, NoAnswer, NotConnected
+from worker.bus.jetstream import StreamNames
+from worker.bus.recovery import Decision, GoOn, IsFenced, Shown, Stream, decide, may_be_stale, needs_deleted
 from worker.clock import Clock, utc_now
 from worker.errors import Configuration, ContractError, Fenced, ResourceExhausted, Unavailable
 from worker.journal import Journal, OutboxRow, StreamPosition, Tx
 
-BATCH_EVENTS = 200
-BATCH_BYTES = 512 * 1024
 READ_EVENTS = 1000
 READ_BYTES = 4 * 1024 * 1024
 KEEP = timedelta(minutes=10)
@@ -39,12 +35,8 @@ LONGEST_PATIENCE_S = 5.0
 RETRY_S = 0.02
 LONGEST_RETRY_S = 2.0
 REPORT_EVERY_S = 30.0
-
-EXPECTED = "Nats-Expected-Last-Subject-Sequence"
-EXPECTED_SUBJECT = "Nats-Expected-Last-Subject-Sequence-Subject"
-BATCH_ID = "Nats-Batch-Id"
-BATCH_SEQUENCE = "Nats-Batch-Sequence"
-BATCH_COMMIT = "Nats-Batch-Commit"
+STALE_LOOKS = 8
+STALE_PAUSE_S = 0.25
 
 
 class _Head(msgspec.Struct, frozen=True):
@@ -64,26 +56,12 @@ class _Facts(msgspec.Struct, frozen=True):
     def decide(self) -> Decision:
         return decide(epoch=self.epoch, position=self.position, stream=self.stream, shown=self.shown)
 
+    def may_be_stale(self) -> bool:
+        stale = may_be_stale(position=self.position, stream=self.stream, shown=self.shown)
+        return stale and isinstance(self.decide(), IsFenced)
+
 
 _head = msgspec.json.Decoder(_Head)
-
-
-class Pace:
-    """Whether `waiting` events are better sent one by one or as a batch, by moving averages. Pure."""
-
-    def __init__(self, single_s: float = 0.0005, extra_s: float = 0.005) -> None:
-        self.single_s = single_s
-        self.extra_s = extra_s  # what a batch costs beyond a single publish
-
-    def batch_is_better(self, waiting: int) -> bool:
-        return waiting >= 32 or (waiting > 1 and (waiting - 1) * self.single_s > self.extra_s)
-
-    def single_took(self, seconds: float) -> None:
-        self.single_s += (min(seconds, 1.0) - self.single_s) * 0.2
-
-    def batch_took(self, seconds: float) -> None:
-        extra = min(max(seconds - self.single_s, 0.0), 0.05)
-        self.extra_s += (extra - self.extra_s) * 0.2
 
 
 class OutboxPublisher:
@@ -96,7 +74,7 @@ class OutboxPublisher:
         self.stream = StreamNames(bus.cfg.stream_prefix).events
         self.idle = asyncio.Event()
         self.sent_seq = 0  # the newest event of this epoch known to be in the stream
-        self.pace = Pace()
+        self.writer = EventWriter(bus, subjects.events_of(journal.node))
         self._bus = bus
         self._journal = journal
         self._pattern = subjects.events_of(journal.node)
@@ -104,7 +82,6 @@ class OutboxPublisher:
         self._expected = 0
         self._created = ""
         self._verified = -1  # the session of the connection in which the stream was looked at
-        self._atomic = True
         self._patience_s = PATIENCE_S
         self._work = asyncio.Event()
         self._rows: deque[OutboxRow] = deque()
@@ -129,17 +106,16 @@ class OutboxPublisher:
 
         True when it did: the data directory must be told. Waits for a stream that does not answer yet.
         """
-        while True:
-            facts = await self._facts_at_last()
-            decision = facts.decide()
-            if isinstance(decision, GoOn):
-                await self._apply(facts, decision)
-                return False
-            if not takeover or facts.shown is None:
-                raise Fenced(f"{decision.why}; stop the other one, or start this one with --takeover")
-            logger.warning("taking over the name {}: {}", self._journal.node, decision.why)
-            await self._take_over(facts, facts.shown)
-            return True
+        facts = await self._facts_at_last()
+        decision = facts.decide()
+        if isinstance(decision, GoOn):
+            await self._apply(facts, decision)
+            return False
+        if not takeover or facts.shown is None:
+            raise Fenced(f"{decision.why}; stop the other one, or start this one with --takeover")
+        logger.warning("taking over the name {}: {}", self._journal.node, decision.why)
+        await self._take_over(facts, facts.shown)
+        return True
 
     async def _take_over(self, facts: _Facts, shown: Shown) -> None:
         base = await self._journal.transact(lambda tx: _begin_epoch(tx, self.stream, facts.stream, shown))
@@ -213,7 +189,7 @@ class OutboxPublisher:
         """What a failed send or look calls for."""
         if isinstance(failure, JetStreamError) and failure.err_code == JetStreamError.ATOMIC_DISABLED:
             logger.warning("the stream {} has no atomic batches: events go one by one", self.stream)
-            self._atomic = False
+            self.writer.atomic = False
             return
         self._lose_patience(failure)
         unstored = isinstance(failure, JetStreamError) and failure.err_code in (
@@ -247,14 +223,8 @@ class OutboxPublisher:
         return bool(self._rows)
 
     async def _send(self) -> None:
-        rows = self._next_rows()
-        loop = asyncio.get_running_loop()
-        began = loop.time()
-        ack = await (self._publish(rows[0]) if len(rows) == 1 else self._publish_batch(rows))
-        if len(rows) == 1:
-            self.pace.single_took(loop.time() - began)
-        else:
-            self.pace.batch_took(loop.time() - began)
+        rows = self.writer.choose(self._rows)
+        ack = await self.writer.write(rows, expected=self._expected, patience_s=self._patience_s)
         for _ in rows:
             self._rows.popleft()
         head = _head.decode(rows[-1].payload)
@@ -268,50 +238,6 @@ class OutboxPublisher:
         self._ack_added.set()
         self._expected = ack.seq
         await self._advance(head.seq)
-
-    def _next_rows(self) -> list[OutboxRow]:
-        if not self._atomic or not self.pace.batch_is_better(len(self._rows)):
-            return [self._rows[0]]
-        rows: list[OutboxRow] = []
-        size = 0
-        for row in self._rows:
-            size += len(row.payload)
-            if rows and (len(rows) == BATCH_EVENTS or size > BATCH_BYTES):
-                break
-            rows.append(row)
-        return rows
-
-    async def _publish(self, row: OutboxRow) -> PubAck:
-        headers = {**(row.headers or {}), **self._expectation()}
-        return await self._bus.js.publish(row.subject, row.payload, headers, timeout=self._patience_s)
-
-    async def _publish_batch(self, rows: list[OutboxRow]) -> PubAck:
-        """Written at once; only the commit is answered."""
-        batch = secrets.token_hex(16)
-        token, reply = self._bus.expect()
-        try:
-            for number, row in enumerate(rows, 1):
-                headers = {**(row.headers or {}), BATCH_ID: batch, BATCH_SEQUENCE: str(number)}
-                if number == 1:
-                    headers |= self._expectation()
-                if number < len(rows):
-                    await self._bus.publish(row.subject, row.payload, headers)
-                    continue
-                headers[BATCH_COMMIT] = "1"
-                answer_to = self._bus.reply_subject(token)
-                await self._bus.publish(row.subject, row.payload, headers, reply=answer_to)
-            async with asyncio.timeout(self._patience_s):
-                message = await reply
-        except TimeoutError:
-            raise NoAnswer("no acknowledgement for a batch of events") from None
-        finally:
-            self._bus.forget(token)
-        if message.status == 503:
-            raise NoResponders(f"no stream takes {self._pattern}")
-        return read_ack(message)
-
-    def _expectation(self) -> dict[str, str]:
-        return {EXPECTED: str(self._expected), EXPECTED_SUBJECT: self._pattern}
 
     async def _advance(self, seq: int) -> None:
         async with self._progress:
@@ -343,6 +269,16 @@ class OutboxPublisher:
             await self._bus.wait_connected()
 
     async def _facts(self) -> _Facts:
+        """What can be believed: a replica that lags behind is asked again."""
+        facts = await self._look()
+        for _ in range(STALE_LOOKS):
+            if not facts.may_be_stale():
+                break
+            await asyncio.sleep(STALE_PAUSE_S)
+            facts = await self._look()
+        return facts
+
+    async def _look(self) -> _Facts:
         """Of one connection: the stream first, so that what is shown is not older than it."""
         session = self._bus.session
         js, patience_s = self._bus.js, self._patience_s
@@ -432,7 +368,7 @@ class OutboxPublisher:
         if not rows or rows[0].acked_at is None or rows[0].acked_at >= before:
             return
         await self._recover()
-        while await self._journal.transact(lambda tx: tx.outbox_expire(before), lazy=True):
+        while await self._journal.transact(lambda tx: tx.outbox_expire(before)):
             self._work.set()  # what came meanwhile is sent after this
 
     def _tell(self, failure: ContractError) -> None:

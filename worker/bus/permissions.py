@@ -30,8 +30,8 @@ def node_permissions(
 ) -> Permissions:
     """All that a worker of `node` may publish and subscribe to, and all that it needs.
 
-    With a `domain` each JetStream subject stands there twice: a server of that domain rewrites the prefix before
-    it checks, a leaf node before it does not.
+    With a `domain` each JetStream subject stands there twice: a server of that domain rewrites the prefix
+    before it checks, a leaf node before it does not.
     """
     of = subjects or Subjects()
     names = names or StreamNames()

@@ -103,6 +103,21 @@ def needs_deleted(
     return not _loss(position, stream) and not was_evicted(position, stream)
 
 
+def may_be_stale(*, position: StreamPosition | None, stream: Stream, shown: Shown | None) -> bool:
+    """Whether a lagging replica could have shown another's message that is older than what we stand on.
+
+    Somebody else's message from before a takeover looks like a second worker then: ask again before
+    believing it.
+    """
+    return (
+        position is not None
+        and shown is not None
+        and shown.stream_seq < position.last_seq
+        and not _loss(position, stream)
+        and not was_evicted(position, stream)
+    )
+
+
 def was_evicted(position: StreamPosition, stream: Stream) -> bool:
     return position.last_seq < stream.first_seq or position.last_seq in stream.deleted
 

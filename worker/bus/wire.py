@@ -6,7 +6,7 @@ nats-py does not come back (it closes for good on most `-ERR`) do not matter.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any
 
 from nats import errors as nats_errors
@@ -27,11 +27,20 @@ class ConnectFailed(Exception):
 
 
 class WireClient(Client):
-    """One connection. `on_error` gets what nats-py reports out of band, as text."""
+    """One connection. `on_error` gets what nats-py reports out of band, `on_down` the client itself as soon
+    as it begins to close.
+    """
 
-    def __init__(self, *, secure: bool, on_error: Callable[[Exception], None]) -> None:
+    def __init__(
+        self,
+        *,
+        secure: bool,
+        on_down: Callable[["WireClient"], None],
+        on_error: Callable[[Exception], None],
+    ) -> None:
         super().__init__()
         self._secure = secure
+        self._down = on_down
         self._report = on_error
         self._opened = False
         self.info: dict[str, Any] = {}
@@ -43,7 +52,6 @@ class WireClient(Client):
         name: str,
         inbox_prefix: str,
         connect_timeout_s: int,
-        on_closed: Callable[[], Awaitable[None]],
         **options: Any,
     ) -> None:
         """Connect once. Raises ConnectFailed; the client is closed then."""
@@ -59,7 +67,6 @@ class WireClient(Client):
                 max_outstanding_pings=PINGS_UNANSWERED,
                 pending_size=PENDING_LIMIT_BYTES,
                 error_cb=self._on_error,
-                closed_cb=on_closed,
                 no_echo=False,
                 **options,
             )
@@ -77,6 +84,12 @@ class WireClient(Client):
         if not self._opened:
             raise ConnectFailed(describe(error)) from error
         self._report(error)
+
+    async def _close(self, status: int, do_cbs: bool = True) -> None:
+        """Told at once: a TLS connection to a peer that vanished takes half a minute to close."""
+        if not self.is_closed:
+            self._down(self)
+        await super()._close(status, do_cbs)
 
     async def _process_info(self, info: dict[str, Any], initial_connection: bool = False) -> None:
         """Before CONNECT, so before any credential: no plain text where TLS is wanted, no server that is

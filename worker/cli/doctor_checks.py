@@ -15,6 +15,7 @@ import msgspec
 from worker.bus.credentials import has_credentials
 from worker.bus.failures import JetStreamError
 from worker.bus.messages import parse_time
+from worker.bus.streams import Finding as StreamFinding
 from worker.bus.streams import check_streams, names_of
 from worker.cli.human import size, span
 from worker.client import FleetClient
@@ -307,16 +308,16 @@ async def stream_checks(fleet: FleetClient) -> list[Finding]:
         return [lack("fail", "streams", failure.message, "no command can be received")]
     if not found:
         return [ok("streams", f"all there ({fleet.bus.cfg.stream_prefix}_…)")]
-    return [
-        lack(
-            "fail" if finding.fatal else "warn",
-            finding.stream,
-            finding.problem,
-            finding.cost,
-            "sandfleet setup" if finding.problem == "is missing" else "change it with nats stream edit",
+    return [_of_stream(finding) for finding in found]
+
+
+def _of_stream(finding: StreamFinding) -> Finding:
+    level: Level = "fail" if finding.fatal else "warn"
+    if finding.problem == "is missing":
+        return lack(
+            level, finding.stream, "is missing", "a worker waits until it is there", "sandfleet setup"
         )
-        for finding in found
-    ]
+    return lack(level, finding.stream, finding.problem, finding.cost, "change it with nats stream edit")
 
 
 async def clock_check(fleet: FleetClient) -> Finding:
