@@ -146,6 +146,8 @@ class Demo:
         self.worker: subprocess.Popen[bytes] | None = None
         self.fleet: FleetClient | None = None
         self.tick = Ticks()
+        self.lacking: list[str] = []
+        self.boot = ""
         self._following: asyncio.Task[None] | None = None
 
     # -- the machinery
@@ -227,7 +229,9 @@ class Demo:
             self.fleet = await FleetClient.connect(NatsConfig(url=url))
             took = await self.wait_ready()
             info = await self.fleet.info(NODE)
-            told.detail = f"node [cyan]{NODE}[/] ready in {took:.2f} s under [cyan]{info.capabilities.sandbox}[/]"
+            told.detail = (
+                f"node [cyan]{NODE}[/] ready in {took:.2f} s under [cyan]{info.capabilities.sandbox}[/]"
+            )
         lacking = [n.feature for n in info.capabilities.not_enforced if n.isolation in (None, "process")]
         async with step("an image") as told:
             done = await self.fleet.command(
@@ -244,11 +248,7 @@ class Demo:
             told.detail = f"web-0 says [green]{reply.stdout.strip()}[/] (exit code {reply.exit_code})"
         await self.kill_and_adopt()
         await self.remove()
-        if lacking:
-            self.view.console.print(
-                f"\n  [dim]not enforced here: {', '.join(sorted(set(lacking)))}"
-                " (`sandfleet info` says why)[/]"
-            )
+        self.lacking = sorted(set(lacking))
 
     def write_files(self, url: str) -> Path:
         source = self.folder / "image"
@@ -298,7 +298,9 @@ class Demo:
             refused = not any(line.endswith(("READ", "CONNECTED")) for line in lines)
             if not refused and "landlock" in sandbox:
                 raise RuntimeError(f"the kernel did not refuse: {lines}")
-            word = "refused by the kernel" if refused else "[yellow]not refused: this kernel has no Landlock[/]"
+            word = (
+                "refused by the kernel" if refused else "[yellow]not refused: this kernel has no Landlock[/]"
+            )
             told.detail = f"{word}: {'; '.join(lines)}"
 
     async def hoard(self) -> None:
@@ -333,7 +335,9 @@ class Demo:
             await self.until(lambda: self.tick.count > before + 150)
             if self.tick.gaps:
                 raise RuntimeError(f"lines are missing: {self.tick.gaps}")
-            told.detail = f"in {took:.2f} s, same pid {again.pid}; {self.tick.count} lines in order, none lost"
+            told.detail = (
+                f"in {took:.2f} s, same pid {again.pid}; {self.tick.count} lines in order, none lost"
+            )
 
     async def port_of(self, cid: str) -> int:
         assert self.fleet is not None
@@ -465,9 +469,12 @@ async def main() -> int:
         await demo.close()
         shutil.rmtree(folder, ignore_errors=True)
     if code == 0:
+        if demo.lacking:
+            names = ", ".join(demo.lacking)
+            console.print(f"\n  [dim]Not enforced on this machine: {names}; `sandfleet info` says why.[/]")
         console.print(f"\n  All of it in [bold]{time.monotonic() - began:.1f} s[/]. Now try it yourself:\n")
         for command, what in (
-            (".venv/bin/sandfleet dev", "a node of your own, in the foreground; in a second terminal:"),
+            (".venv/bin/sandfleet dev", "a node of your own; in a second terminal:"),
             (".venv/bin/sandfleet register web:1 examples/web", "then: sandfleet run examples/web.yaml"),
             (".venv/bin/sandfleet top", "watch it"),
         ):

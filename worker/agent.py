@@ -23,13 +23,14 @@ from schemas.subjects import Subjects
 from worker.bus.chunks import ChunkPublisher
 from worker.bus.connection import Bus
 from worker.bus.consumer import CommandConsumer
-from worker.bus.credentials import has_credentials, parse_servers
+from worker.bus.credentials import check_credentials, has_credentials, parse_servers
 from worker.bus.outbox import OutboxPublisher
 from worker.bus.presence import Presence
 from worker.bus.rpc import serve_queries
 from worker.bus.streams import setup_streams, wait_for_streams
 from worker.config import Config
 from worker.datadir import DataDir, machine_boot_id
+from worker.errors import Configuration, Conflict, Unavailable
 from worker.handlers import CommandHandler
 from worker.images.store import ImageStore
 from worker.journal import Journal, Tx
@@ -71,20 +72,33 @@ FLUSH_S = 2.0
 
 
 async def run_worker(
-    config: Config, *, setup: bool, takeover: bool, on_ready: Callable[[], None] | None = None
+    config: Config,
+    *,
+    setup: bool,
+    takeover: bool,
+    on_ready: Callable[[], None] | None = None,
+    stop: asyncio.Event | None = None,
 ) -> None:
-    """Run the node until SIGTERM, SIGINT or cancellation; containers go on. Raises Configuration."""
-    stop = asyncio.Event()
+    """Run the node until `stop` is set, or without one until SIGTERM or SIGINT; containers go on.
+
+    Raises Configuration.
+    """
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    signals = (signal.SIGTERM, signal.SIGINT) if stop is None else ()
+    stop = stop or asyncio.Event()
+    for number in signals:
         loop.add_signal_handler(number, stop.set)
     try:
         async with Agent.build(config, takeover=takeover) as agent:
-            await agent.serve(stop, setup=setup, takeover=takeover, on_ready=on_ready)
+            try:
+                await agent.serve(stop, setup=setup, takeover=takeover, on_ready=on_ready)
+            except* Configuration:
+                await agent.end_idle_launcher()
+                raise
     except BaseExceptionGroup as group:
         raise _first(group) from group
     finally:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in signals:
             loop.remove_signal_handler(number)
 
 
@@ -121,6 +135,7 @@ class Agent:
     async def build(cls, config: Config, *, takeover: bool) -> AsyncIterator["Agent"]:
         """Everything that needs no server: after this, containers are adopted and looked after."""
         async with AsyncExitStack() as stack:
+            check_credentials(config.nats)
             for server in parse_servers(config.nats.url):
                 for kind in ("password", "token"):
                     if kind in server.secret:
@@ -210,6 +225,13 @@ class Agent:
     async def attach_launcher(self) -> None:
         """A new launcher in the place of one that died."""
         self._wire(await Launcher.attach(self.services.data))
+
+    async def end_idle_launcher(self) -> None:
+        """A worker that may not run here leaves no launcher behind, unless that has containers to look after."""
+        try:
+            await self.services.launcher.shutdown(kill=False)
+        except (Conflict, Unavailable) as failure:
+            logger.info("the launcher goes on: {}", failure.message)
 
     async def _detach(self) -> None:
         await self.services.launcher.close()

@@ -19,7 +19,6 @@ import msgspec
 
 from schemas import queries as q
 from schemas.commands import AnyCommand
-from schemas.errors import ContractError, Error
 from schemas.events import CommandCompleted, CommandRejected
 from schemas.node import NodeInfo, Presence
 from schemas.status import ContainerStatus, State, Stats
@@ -31,6 +30,7 @@ from worker.bus.credentials import NatsSettings
 from worker.bus.failures import JetStreamError, NoAnswer, NoResponders, NotConnected
 from worker.bus.reader import read_bucket
 from worker.client_streams import FleetStreams
+from worker.errors import from_wire
 
 QUERY_TIMEOUT_S = 5.0
 ABSENT_AFTER_S = 8.0
@@ -42,24 +42,12 @@ SUBJECT_FULL = (10077, 10047)  # per subject, and of the stream: "maximum messag
 
 T = TypeVar("T")
 
-ERRORS_BY_CODE: dict[str, type[ContractError]] = {
-    str(cls.code): cls
-    for cls in (getattr(errors, name) for name in errors.__all__)
-    if cls not in (errors.ContractError, errors.Fenced) and isinstance(cls, type) and hasattr(cls, "code")
-}
 _presence = msgspec.json.Decoder(Presence)
 
 
 def new_id() -> str:
     """A command id."""
     return str(uuid.uuid4())
-
-
-def raised(error: Error) -> ContractError:
-    """The exception for an error from the wire."""
-    failure = ERRORS_BY_CODE.get(str(error.code), ContractError)(error.message, field=error.field)
-    failure.code = error.code
-    return failure
 
 
 class Detail(ContainerStatus, frozen=True, kw_only=True):
@@ -151,7 +139,7 @@ class FleetClient(FleetStreams):
             watch.result()  # raises: it ends in no other way
         completed = answer.result()
         if check and completed.error is not None:
-            raise raised(completed.error)
+            raise from_wire(completed.error)
         return completed
 
     async def send(
@@ -196,7 +184,7 @@ class FleetClient(FleetStreams):
                 if isinstance(event, CommandCompleted) and event.command_id == command_id:
                     return event
                 if isinstance(event, CommandRejected) and event.command_id == command_id:
-                    raise raised(event.error)
+                    raise from_wire(event.error)
         raise NoAnswer("the connection to the server was closed")
 
     async def _watch_presence(

@@ -172,7 +172,9 @@ class ContainerActor:
 
     def _overtakes(self, work: Work, current: Work) -> bool:
         """Let `work` overtake what is being done, where the contract says so. True when it did."""
-        if (current.phase is Phase.CREATING and work.verb in {"stop", "remove"}) or current.phase is Phase.STARTING:
+        if (
+            current.phase is Phase.CREATING and work.verb in {"stop", "remove"}
+        ) or current.phase is Phase.STARTING:
             if current.overtaken_by is None:
                 current.overtake(work)
         elif current.phase is Phase.STOPPING:

@@ -239,7 +239,9 @@ def _private_file(path: Path) -> None:
     if path.name in _SECRET_FILES and stat.S_IMODE(found.st_mode) & 0o077:
         # Landlock cannot forbid chmod, so a container can loosen what its user owns; it must not thereby keep the
         # worker from starting. The launcher reads the file at each connect: a new secret takes effect at once.
-        logger.warning("{} was open to others (mode {:04o}): making a new one", path, stat.S_IMODE(found.st_mode))
+        logger.warning(
+            "{} was open to others (mode {:04o}): making a new one", path, stat.S_IMODE(found.st_mode)
+        )
         path.unlink()
         return
     _tighten(path, found, 0o600)

@@ -19,7 +19,7 @@ ContractError                      (schemas.errors)
 └── Internal                       internal             a bug of ours
 """
 
-from schemas.errors import ContractError, ErrorCode, InvalidCommand, InvalidSpec, Unsupported
+from schemas.errors import ContractError, Error, ErrorCode, InvalidCommand, InvalidSpec, Unsupported
 
 __all__ = [
     "Configuration",
@@ -39,6 +39,7 @@ __all__ = [
     "StartFailed",
     "Unavailable",
     "Unsupported",
+    "from_wire",
 ]
 
 
@@ -96,3 +97,32 @@ class Fenced(Configuration):
 
 class Internal(ContractError):
     code = ErrorCode.INTERNAL
+
+
+_BY_CODE: dict[ErrorCode, type[ContractError]] = {
+    kind.code: kind
+    for kind in (
+        InvalidCommand,
+        InvalidSpec,
+        Unsupported,
+        NotFound,
+        Conflict,
+        CreateFailed,
+        StartFailed,
+        PullFailed,
+        PolicyDenied,
+        ResourceExhausted,
+        DeadlineExceeded,
+        Interrupted,
+        Unavailable,
+        Configuration,
+        Internal,
+    )
+}
+
+
+def from_wire(error: Error) -> ContractError:
+    """The exception for an error that a node sent. A code that is not known here is kept."""
+    failure = _BY_CODE.get(error.code, ContractError)(error.message, field=error.field)
+    failure.code = error.code
+    return failure

@@ -37,7 +37,13 @@ Rows = list[dict[str, Any]]
 
 
 def row(what: str, value: float | None, unit: str, limit: str, ok: bool | None) -> dict[str, Any]:
-    return {"what": what, "value": None if value is None else round(value, 3), "unit": unit, "beside": limit, "ok": ok}
+    return {
+        "what": what,
+        "value": None if value is None else round(value, 3),
+        "unit": unit,
+        "beside": limit,
+        "ok": ok,
+    }
 
 
 def percentile(values: list[float], share: float) -> float:
@@ -105,12 +111,36 @@ async def bench_start(fleet: Fleet) -> Rows:
         if have_bwrap:
             times["bwrap"] += rival(BWRAP, 1) or []
         times["true"] += rival(["true"], 1) or []
-    rows = [row("fork, exec, wait of /bin/true by Python", statistics.median(times["true"]), "ms p50", "for scale", None)]
+    rows = [
+        row(
+            "fork, exec, wait of /bin/true by Python",
+            statistics.median(times["true"]),
+            "ms p50",
+            "for scale",
+            None,
+        )
+    ]
     bwrap = statistics.median(times["bwrap"]) if times["bwrap"] else None
-    rows.append(row("bwrap --unshare-all … true", bwrap, "ms p50", "the rival" if bwrap else "bwrap is not installed", None))
+    rows.append(
+        row(
+            "bwrap --unshare-all … true",
+            bwrap,
+            "ms p50",
+            "the rival" if bwrap else "bwrap is not installed",
+            None,
+        )
+    )
     for verb in ("start", "run"):
         p50, p99 = statistics.median(times[verb]), percentile(times[verb], 0.99)
-        rows.append(row(f"`{verb}` published → running seen", p50, "ms p50", "below bwrap", None if bwrap is None else p50 < bwrap))
+        rows.append(
+            row(
+                f"`{verb}` published → running seen",
+                p50,
+                "ms p50",
+                "below bwrap",
+                None if bwrap is None else p50 < bwrap,
+            )
+        )
         rows.append(row(f"`{verb}` published → running seen", p99, "ms p99", "below 20 ms", p99 < 20))
     return rows
 
@@ -148,7 +178,10 @@ async def bench_logs(fleet: Fleet) -> Rows:
             finished.set_result(time.perf_counter())
 
     sub = await fleet.client.nc.subscribe(
-        f"{P}.log.{fleet.client.node}.chatty-0.stdout", cb=on, pending_bytes_limit=1 << 30, pending_msgs_limit=1 << 20
+        f"{P}.log.{fleet.client.node}.chatty-0.stdout",
+        cb=on,
+        pending_bytes_limit=1 << 30,
+        pending_msgs_limit=1 << 20,
     )
     code = f"import os\nb = (b'x' * 99 + b'\\n') * 640\nfor _ in range({lines // 640}): os.write(1, b)"
     spec = {"image": {"name": "base"}, "command": {"entrypoint": [PYTHON, "-c", code]}, "sandbox": {"read": [PREFIX]},
@@ -209,7 +242,11 @@ async def bench_quiet(fleet: Fleet) -> Rows:
 
     sub = await fleet.client.nc.subscribe(f"{P}.log.{fleet.client.node}.quiet-0.stdout", cb=on)
     code = "import time\nfor _ in range(40): print(time.time(), flush=True); time.sleep(0.25)"
-    spec = {"image": {"name": "base"}, "command": {"entrypoint": [PYTHON, "-c", code]}, "sandbox": {"read": [PREFIX]}}
+    spec = {
+        "image": {"name": "base"},
+        "command": {"entrypoint": [PYTHON, "-c", code]},
+        "sandbox": {"read": [PREFIX]},
+    }
     await fleet.client.ok("quiet-0", "run", spec=spec)
     await until(lambda: len(delays) >= 40, deadline_s=30)
     await sub.unsubscribe()
@@ -242,7 +279,13 @@ async def bench_idle(fleet: Fleet) -> Rows:
         row("300 idle containers, worker + launcher", share, "% of a core", "below 3 %", share < 3),
         row("launcher", rss(launcher) / 2**20, "MiB", "below 40 MB", rss(launcher) < 40e6),
         row("worker", full / 2**20, "MiB", "below 120 MB", full < 120e6),
-        row("worker, per container", (full - empty) / 300 / 1024, "KiB", "below 100 KB", (full - empty) / 300 < 100e3),
+        row(
+            "worker, per container",
+            (full - empty) / 300 / 1024,
+            "KiB",
+            "below 100 KB",
+            (full - empty) / 300 < 100e3,
+        ),
     ]
     pids = {s["container"]: s["pid"] for s in await all_statuses(fleet)}
     fleet.worker.kill()
@@ -256,7 +299,15 @@ async def bench_idle(fleet: Fleet) -> Rows:
         await asyncio.sleep(0.005)
     took = time.perf_counter() - began
     same = {s["container"]: s["pid"] for s in now if s["state"] == "running"} == pids
-    rows.append(row("new worker: started → 300 containers adopted, answering", took, "s", "below 1 s", took < 1 and same))
+    rows.append(
+        row(
+            "new worker: started → 300 containers adopted, answering",
+            took,
+            "s",
+            "below 1 s",
+            took < 1 and same,
+        )
+    )
     for n in range(300):
         await fleet.client.nc.publish(*command(fleet, f"idle-{n}", "remove"))
     await asyncio.gather(*(watch.when(f"idle-{n}", "removed", 1) for n in range(300)))
@@ -312,7 +363,9 @@ async def bench_images(fleet: Fleet) -> Rows:
         await fleet.client.ok(f"many-{n}", "remove")
         copy = Path(tempfile.mkdtemp(dir=fleet.folder))
         began = time.perf_counter()
-        await asyncio.to_thread(subprocess.run, ["cp", "-a", "--reflink=auto", str(folder), str(copy)], check=True)
+        await asyncio.to_thread(
+            subprocess.run, ["cp", "-a", "--reflink=auto", str(folder), str(copy)], check=True
+        )
         theirs.append(time.perf_counter() - began)
         await asyncio.to_thread(shutil.rmtree, copy)
     ratio = min(ours) / min(theirs)
@@ -339,7 +392,10 @@ async def main() -> int:
     parser.add_argument("--output", default="bench-results.json")
     options = parser.parse_args()
     console = Console()
-    results: dict[str, Any] = {"machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.release()}", "rows": {}}
+    results: dict[str, Any] = {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {platform.release()}",
+        "rows": {},
+    }
     missed = 0
     for name in options.names or BENCHES:
         async with Fleet(CONFIG) as fleet:
@@ -363,4 +419,3 @@ async def main() -> int:
 
 if __name__ == "__main__":
     sys.exit(asyncio.run(main()))
-

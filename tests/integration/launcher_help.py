@@ -122,7 +122,7 @@ def read_stream(state_dir: Path, stream: str) -> StreamContent:
 async def until(condition: Callable[[], object], timeout_s: float = 15.0) -> None:
     """Wait for a condition, with a deadline."""
     async with asyncio.timeout(timeout_s):
-        while not condition():  # noqa: ASYNC110 - any condition, without a signal of its own
+        while not condition():
             await asyncio.sleep(0.005)
 
 

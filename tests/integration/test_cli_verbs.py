@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 import pytest
 
 from schemas.errors import Error, ErrorCode
+from schemas.events import NodeChanged
+from schemas.node import NodeState
 from schemas.queries import ExecReply, ImageEntry, LogLine
 from schemas.status import State
 from worker.bus.connection import Bus
@@ -231,6 +233,18 @@ def test_ps_shows_containers_of_a_node_that_is_away(fleet: Fleet, mac: FakeNode,
     assert "node pc does not answer" in err
     listed = {one["container"]: one["reachable"] for one in json.loads(say("ps", "--json")[1])}
     assert listed == {"db-0": True, "web-0": True, "web-1": True, "job-0": False}
+
+
+def test_containers_outlive_a_worker_that_was_stopped(fleet: Fleet, mac: FakeNode, say: Say) -> None:
+    pc = fleet.node("pc")
+    fleet.do(pc.event("sandfleet.v1.evt.pc._.node", NodeChanged, state=NodeState.STOPPED, info=pc.info()))
+    fleet.do(pc.vanish())
+    assert say("ps")[2] == ""
+    fleet.do(pc.become("job-0", State.RUNNING))
+    code, out, err = say("ps")
+    assert code == 0
+    assert "unreachable (running)" in out
+    assert "node pc does not answer" in err
 
 
 def test_no_nodes_and_no_containers_are_said(fleet: Fleet, say: Say) -> None:

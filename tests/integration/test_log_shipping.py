@@ -90,7 +90,7 @@ async def ended(bus: Bus, stream: str) -> bool:
 async def until_ended(bus: Bus) -> None:
     for stream in STREAMS:
         async with asyncio.timeout(40):
-            while not await ended(bus, stream):  # noqa: ASYNC110 - the stream has no event for it here
+            while not await ended(bus, stream):
                 await asyncio.sleep(0.02)
 
 

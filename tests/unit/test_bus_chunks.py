@@ -5,7 +5,8 @@ from datetime import UTC, datetime
 
 import pytest
 
-from worker.bus.chunks import StoredChunk, Window, stored_by
+from worker.bus.chunks import StoredChunk, stored_by
+from worker.bus.window import Turnstile, Window
 
 
 async def settle() -> None:
@@ -136,6 +137,96 @@ async def test_its_turn_comes_while_it_is_being_cancelled() -> None:
     await walker.leave("a3")
     window.leave(await asyncio.wait_for(window.enter("a", 1), 1))
     await walker.cancel("a2")
+
+
+class Gate:
+    """A turnstile that can be opened and closed, and those who went through."""
+
+    def __init__(self) -> None:
+        self.open = True
+        self.turnstile = Turnstile(lambda: self.open)
+        self.through: list[int] = []
+        self.tasks: list[asyncio.Task[None]] = []
+
+    def start(self, *numbers: int, steps: int = 0) -> None:
+        self.tasks += [asyncio.create_task(self._walk(number, steps)) for number in numbers]
+
+    async def _walk(self, number: int, steps: int) -> None:
+        await self.turnstile.enter(number)
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        self.through.append(number)
+        self.turnstile.leave()
+
+    def let_through(self) -> None:
+        self.open = True
+        self.turnstile.advance()
+
+
+async def test_an_open_turnstile_lets_through_at_once() -> None:
+    gate = Gate()
+    gate.start(3, 1, 2)
+    await settle()
+    assert gate.through == [3, 1, 2]
+
+
+async def test_a_closed_one_lets_through_in_order_when_it_opens() -> None:
+    gate = Gate()
+    gate.open = False
+    gate.start(7, 3, 9)
+    await settle()
+    gate.start(5, 1)
+    await settle()
+    assert gate.through == []
+    gate.let_through()
+    gate.start(10, 11)  # new ones do not overtake
+    for _ in range(4):
+        await settle()
+    assert gate.through == [1, 3, 5, 7, 9, 10, 11]
+
+
+async def test_one_at_a_time_even_when_it_takes_long() -> None:
+    gate = Gate()
+    gate.open = False
+    gate.start(1, steps=20)
+    gate.start(2)
+    await settle()
+    gate.let_through()
+    await settle()
+    gate.start(3)
+    await settle()
+    assert gate.through == []
+    await asyncio.gather(*gate.tasks)
+    assert gate.through == [1, 2, 3]
+
+
+async def test_it_closes_again_under_way() -> None:
+    gate = Gate()
+    gate.open = False
+    gate.start(1, 2, 3)
+    await settle()
+    gate.let_through()
+    gate.open = False  # the first is through, the others wait on
+    await settle()
+    assert gate.through == [1]
+    gate.let_through()
+    await asyncio.gather(*gate.tasks)
+    assert gate.through == [1, 2, 3]
+
+
+@pytest.mark.parametrize("let", [False, True])
+async def test_a_cancelled_one_does_not_block_the_others(let: bool) -> None:
+    gate = Gate()
+    gate.open = False
+    gate.start(1, 2, 3)
+    await settle()
+    if let:
+        gate.let_through()  # the first has its turn and has not run yet
+    gate.tasks[0].cancel()
+    gate.let_through()
+    await asyncio.gather(*gate.tasks, return_exceptions=True)
+    assert gate.through == [2, 3]
+    await asyncio.wait_for(gate.turnstile.enter(4), 1)
 
 
 def headers(offset: int, name: str, instance: str = "I1") -> dict[str, str]:

@@ -171,7 +171,7 @@ def test_servers_that_a_server_tells_of() -> None:
         "b.example.org:5222",
         "x",
     ]
-    found = learned_servers(known, known[0], urls)
+    found = learned_servers(known, known[0], [*urls, urls[-1], "x"])
     assert [server.url for server in found] == [
         "tls://10.0.0.2:4222",
         "tls://[fd00::2]:4222",

@@ -174,7 +174,7 @@ async def test_who_gives_up_opening_leaves_nothing_open(tmp_path: Path) -> None:
     with pytest.raises(asyncio.CancelledError):
         await opening
     async with asyncio.timeout(10):
-        while any(thread.name == "journal" for thread in threading.enumerate()):  # noqa: ASYNC110
+        while any(thread.name == "journal" for thread in threading.enumerate()):
             await asyncio.sleep(0.01)
     assert [path.name for path in tmp_path.iterdir()] == ["worker.db"]
 
@@ -359,7 +359,7 @@ async def test_the_loop_gives_way_to_urgent_work_only(
     release = threading.Event()
     reading = asyncio.ensure_future(journal.read(lambda tx: release.wait(10)))
     async with asyncio.timeout(10):
-        while len(waits) < 3:  # noqa: ASYNC110 (the event is what the test has taken away)
+        while len(waits) < 3:
             await asyncio.sleep(0.001)
     release.set()
     await reading

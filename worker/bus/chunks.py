@@ -2,14 +2,14 @@
 
 nats-py's own pipelining never resolves on an error, so each publish here has a reply of its own with a
 timeout. A chunk carries `Nats-Msg-Id`, so a repetition within the stream's duplicate window is recognised;
-that is why the bytes must be the same. First sends of one subject keep the order of the calls. The window
-is bounded by messages and by bytes over all subjects, and it is fair: a subject with a backlog waits behind
-one that has little under way.
+that is why the bytes must be the same. The chunks of one subject keep the order of the calls, through a
+reconnect too; only one that the server itself refused (a stream without a leader) may follow later ones. The
+window is bounded by messages and by bytes over all subjects, and it is fair: a subject with a backlog waits
+behind one that has little under way.
 """
 
 import asyncio
 import random
-from collections import deque
 from datetime import datetime
 
 import msgspec
@@ -19,11 +19,10 @@ from worker.bus.connection import Bus
 from worker.bus.failures import JetStreamError, NoAnswer, NoResponders, NotConnected
 from worker.bus.jetstream import PubAck, StreamNames, read_ack
 from worker.bus.messages import Headers
+from worker.bus.window import WINDOW_BYTES, WINDOW_MESSAGES, Place, Turnstile, Window
 from worker.errors import Internal, ResourceExhausted, Unavailable
 from worker.log_chunks import INSTANCE, MESSAGE_ID, OFFSET
 
-WINDOW_BYTES = 8 * 1024 * 1024
-WINDOW_MESSAGES = 64
 ACK_TIMEOUT_S = 3.0  # a leader that steps down takes what it was sent with it
 LONGEST_ACK_TIMEOUT_S = 20.0
 RETRY_S = 0.1
@@ -58,87 +57,17 @@ def stored_by(last: StoredChunk, headers: Headers, size: int) -> bool:
     return there > ours or (there == ours and last.size > 0 and size == 0)
 
 
-class _Place:
-    """A chunk's place in the window."""
+class _Flight:
+    """A chunk under way. `plain_loss`: nothing but lost connections has kept it from being stored."""
 
-    __slots__ = ("admitted", "size", "subject")
+    __slots__ = ("data", "headers", "place", "plain_loss", "sent_at")
 
-    def __init__(self, subject: str, size: int) -> None:
-        self.subject = subject
-        self.size = size
-        self.admitted: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-
-
-class Window:
-    """Admits chunks up to `max_messages` and `max_bytes` (always one), by turns over the subjects that
-    wait.
-    """
-
-    def __init__(self, max_messages: int = WINDOW_MESSAGES, max_bytes: int = WINDOW_BYTES) -> None:
-        self._max_messages = max_messages
-        self._max_bytes = max_bytes
-        self._messages = 0
-        self._bytes = 0
-        self._waiting: dict[str, deque[_Place]] = {}  # in the order of their turns
-        self._waking = 0  # admitted, and not running yet
-
-    async def enter(self, subject: str, size: int) -> _Place:
-        place = _Place(subject, size)
-        # Nobody overtakes one that was admitted and has yet to run.
-        if not self._waiting and not self._waking and self._has_room(size):
-            self._take(place)
-            return place
-        self._waiting.setdefault(subject, deque()).append(place)
-        try:
-            await place.admitted
-        except asyncio.CancelledError:
-            self._withdraw(place)
-            raise
-        self._waking -= 1
-        self._next_turns()
-        return place
-
-    def leave(self, place: _Place) -> None:
-        self._messages -= 1
-        self._bytes -= place.size
-        self._next_turns()
-
-    def _has_room(self, size: int) -> bool:
-        if self._messages == 0:
-            return True
-        return self._messages < self._max_messages and self._bytes + size <= self._max_bytes
-
-    def _take(self, place: _Place) -> None:
-        self._messages += 1
-        self._bytes += place.size
-
-    def _next_turns(self) -> None:
-        while self._waiting:
-            subject, places = next(iter(self._waiting.items()))
-            if not self._has_room(places[0].size):
-                return
-            place = places.popleft()
-            del self._waiting[subject]
-            if places:
-                self._waiting[subject] = places  # at the end of the turns
-            if place.admitted.cancelled():
-                continue
-            self._take(place)
-            self._waking += 1
-            place.admitted.set_result(None)
-
-    def _withdraw(self, place: _Place) -> None:
-        """Cancelled while it waited, or just after it was admitted."""
-        if not place.admitted.cancelled():
-            self._waking -= 1
-            self.leave(place)
-            return
-        places = self._waiting.get(place.subject)
-        if places is not None and place in places:
-            places.remove(place)
-            if not places:
-                del self._waiting[place.subject]
-        self._next_turns()
+    def __init__(self, place: Place, data: bytes, headers: Headers) -> None:
+        self.place = place
+        self.data = data
+        self.headers = headers
+        self.sent_at: float | None = None
+        self.plain_loss = True
 
 
 class ChunkPublisher:
@@ -154,6 +83,8 @@ class ChunkPublisher:
         self.retries = 0
         self._bus = bus
         self._window = Window(max_in_flight, max_bytes)
+        self._turnstile = Turnstile(lambda: bus.connected or bus.closed)
+        bus.listen(lambda connected: self._turnstile.advance())
         self._ack_timeout_s = ack_timeout_s
         self._told = float("-inf")
 
@@ -167,7 +98,7 @@ class ChunkPublisher:
             raise Internal(f"a chunk for {subject} without {MESSAGE_ID} could be stored twice")
         place = await self._window.enter(subject, len(data))
         try:
-            return await self._until_stored(subject, data, headers)
+            return await self._until_stored(place, data, headers)
         finally:
             self._window.leave(place)
 
@@ -190,57 +121,67 @@ class ChunkPublisher:
             return False
         return True
 
-    async def _until_stored(self, subject: str, data: bytes, headers: Headers) -> PubAck:
-        loop = asyncio.get_running_loop()
-        pause, patience = RETRY_S, self._ack_timeout_s
-        plain_loss = True  # nothing but lost connections has kept it from being stored
+    async def _until_stored(self, place: Place, data: bytes, headers: Headers) -> PubAck:
+        pause, patience_s = RETRY_S, self._ack_timeout_s
+        flight = _Flight(place, data, headers)
         while True:
-            sent = loop.time()
             try:
-                return await self._once(subject, data, headers, patience)
+                return await self._once(flight, patience_s)
             except NotConnected:
-                # All wait for the same thing and go on in the order in which they came: no pause.
-                await self._bus.wait_connected()
+                # All wait for the same thing, and go on in their order at the turnstile: no pause.
+                if self._bus.closed:
+                    raise
                 self.retries += 1
-                if plain_loss and loop.time() - sent > DOUBT_S:
-                    found = await self._find(subject, data, headers)
-                    if found is not None:
-                        return found
+                await asyncio.sleep(0)
                 continue
             except ResourceExhausted:
                 raise
             except Unavailable as failure:
-                plain_loss = False
-                self._tell(subject, failure)
+                flight.plain_loss = False
+                self._tell(place.subject, failure)
                 if isinstance(failure, NoAnswer):
-                    patience = min(patience * 2, LONGEST_ACK_TIMEOUT_S)
+                    patience_s = min(patience_s * 2, LONGEST_ACK_TIMEOUT_S)
             self.retries += 1
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(pause * 2, LONGEST_RETRY_S)
 
-    async def _find(self, subject: str, data: bytes, headers: Headers) -> PubAck | None:
-        """After an absence that the stream's memory of ids may not cover: was it stored before it?"""
+    async def _once(self, flight: _Flight, patience_s: float) -> PubAck:
+        token, reply = "", None
+        await self._turnstile.enter(flight.place.number)
         try:
-            last = await self.last(subject)
-        except Unavailable:
-            return None
-        if last is None or not stored_by(last, headers, len(data)):
-            return None
-        return PubAck(self.stream, last.stream_seq, duplicate=True)
-
-    async def _once(self, subject: str, data: bytes, headers: Headers, patience_s: float) -> PubAck:
-        token, reply = self._bus.expect()
+            found = await self._find(flight)
+            if found is not None:
+                return found
+            token, reply = self._bus.expect()
+            answer_to = self._bus.reply_subject(token)
+            flight.sent_at = asyncio.get_running_loop().time()
+            await self._bus.publish(flight.place.subject, flight.data, flight.headers, reply=answer_to)
+        except BaseException:
+            self._bus.forget(token)
+            raise
+        finally:
+            self._turnstile.leave()
         try:
-            await self._bus.publish(subject, data, headers, reply=self._bus.reply_subject(token))
             async with asyncio.timeout(patience_s):
                 message = await reply
         except TimeoutError:
-            raise NoAnswer(f"no acknowledgement for {subject}") from None
+            raise NoAnswer(f"no acknowledgement for {flight.place.subject}") from None
         finally:
             self._bus.forget(token)
         if message.status == 503:
-            raise NoResponders(f"no stream takes {subject}")
+            raise NoResponders(f"no stream takes {flight.place.subject}")
         return read_ack(message)
+
+    async def _find(self, flight: _Flight) -> PubAck | None:
+        """After an absence that the stream's memory of ids may not cover: was it stored before it?"""
+        if not flight.plain_loss or flight.sent_at is None:
+            return None
+        if asyncio.get_running_loop().time() - flight.sent_at < DOUBT_S:
+            return None
+        last = await self.last(flight.place.subject)
+        if last is None or not stored_by(last, flight.headers, len(flight.data)):
+            return None
+        return PubAck(self.stream, last.stream_seq, duplicate=True)
 
     def _tell(self, subject: str, failure: Unavailable) -> None:
         now = asyncio.get_running_loop().time()

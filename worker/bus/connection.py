@@ -26,7 +26,7 @@ from nats import errors as nats_errors
 from nats.aio.msg import Msg
 from nats.nuid import NUID
 
-from worker.bus.credentials import NatsSettings
+from worker.bus.credentials import NatsSettings, check_credentials
 from worker.bus.dial import Dialer, cancellations
 from worker.bus.failures import NoAnswer, NoResponders, NotConnected
 from worker.bus.jetstream import JetStream
@@ -35,7 +35,7 @@ from worker.bus.probe import Refused
 from worker.bus.replies import Replies
 from worker.bus.subscription import Handler, MessageQueue, Subscription
 from worker.bus.wire import WireClient, describe
-from worker.errors import Configuration, Internal, ResourceExhausted, Unavailable
+from worker.errors import Internal, ResourceExhausted, Unavailable
 
 FIRST_RETRY_S = 0.05
 LONGEST_RETRY_S = 5.0
@@ -77,12 +77,8 @@ class Bus:
         and is not allowed to be insecure. Unavailable: nobody answers (never with `retry`).
         """
         bus = cls(cfg, node=node, name=name)
-        if node is not None and bus.insecure and not cfg.insecure:
-            raise Configuration(
-                "no NATS credentials: set nats.creds, nkey, token_file, tls.cert or a user in url, "
-                "or allow it with --insecure",
-                field="nats",
-            )
+        if node is not None:
+            check_credentials(cfg)
         await bus._first_connect(retry=retry)
         bus._keeper = asyncio.create_task(bus._keep(), name="bus")
         return bus
@@ -92,6 +88,11 @@ class Bus:
     @property
     def connected(self) -> bool:
         return self._up.is_set() and not self._closing
+
+    @property
+    def closed(self) -> bool:
+        """It will not come back."""
+        return self._closing
 
     @property
     def insecure(self) -> bool:
@@ -251,6 +252,7 @@ class Bus:
             subscription.ended()
         self._subscriptions.clear()
         self._up.set()  # for those who wait for a connection
+        self._tell(False)
 
     # -- the connection and its successor
 

@@ -116,8 +116,9 @@ def learned_servers(known: list[Server], current: Server, urls: list[str]) -> li
         if not host or not port.isdigit() or (host, int(port)) in addresses:
             continue
         addresses.add((host, int(port)))
-        # A certificate is issued for the name that was configured, not for the address that was learned.
-        found.append(Server(current.scheme, host, int(port), secret=current.secret, name=current.name))
+        # No certificate is issued for an address: it must say the name that was configured.
+        name = current.name if _is_address(host) else host
+        found.append(Server(current.scheme, host, int(port), secret=current.secret, name=name))
     return found
 
 
@@ -140,6 +141,16 @@ def _url_secret(parts: SplitResult) -> dict[str, str]:
 def _without_secret(text: str) -> str:
     scheme, separator, rest = text.partition("://")
     return f"{scheme}{separator}{rest.rpartition('@')[2]}"
+
+
+def check_credentials(cfg: NatsSettings) -> None:
+    """Configuration for a worker without any credentials that was not told that this is meant."""
+    if not has_credentials(cfg) and not cfg.insecure:
+        raise Configuration(
+            "no NATS credentials: set nats.creds, nkey, token_file, tls.cert or a user in url, "
+            "or allow it with --insecure",
+            field="nats",
+        )
 
 
 def has_credentials(cfg: NatsSettings) -> bool:

@@ -15,16 +15,15 @@ from typing import Any
 import msgspec
 from loguru import logger
 
-from schemas.errors import ContractError, Error, ErrorCode, InvalidCommand, Unsupported
+from schemas.errors import ContractError, Error, Unsupported
 from schemas.queries import ERROR_STATUS
 from schemas.subjects import Subjects
 from schemas.values import shorten
-from worker import errors
 from worker.bus.connection import Bus
 from worker.bus.failures import NotConnected
 from worker.bus.messages import Headers, Message
 from worker.bus.subscription import Subscription
-from worker.errors import Internal, ResourceExhausted
+from worker.errors import Internal, ResourceExhausted, from_wire
 
 NAME = "sandfleet"
 ERROR_TEXT = "Nats-Service-Error"
@@ -264,34 +263,10 @@ def error_of(reply: Message) -> ContractError:
     except (msgspec.DecodeError, UnicodeDecodeError):
         text = reply.headers.get(ERROR_TEXT, "")
         return Internal(f"the node answered {reply.headers.get(ERROR_CODE, '')}: {text}")
-    failure = _CLASSES.get(error.code, ContractError)(error.message, field=error.field)
-    failure.code = error.code
-    return failure
+    return from_wire(error)
 
 
 def header_text(text: str) -> str:
     """One line of printable ASCII for a header; the whole message is in the body."""
     plain = " ".join(text.split()).encode("ascii", "replace").decode()
     return "".join(char if char.isprintable() else "?" for char in plain)[:MAX_ERROR_TEXT] or "error"
-
-
-_CLASSES: dict[ErrorCode, type[ContractError]] = {
-    cls.code: cls
-    for cls in (
-        InvalidCommand,
-        Unsupported,
-        errors.InvalidSpec,
-        errors.NotFound,
-        errors.Conflict,
-        errors.CreateFailed,
-        errors.StartFailed,
-        errors.PullFailed,
-        errors.PolicyDenied,
-        errors.ResourceExhausted,
-        errors.DeadlineExceeded,
-        errors.Interrupted,
-        errors.Unavailable,
-        errors.Configuration,
-        errors.Internal,
-    )
-}

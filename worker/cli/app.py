@@ -45,7 +45,7 @@ VERBS: dict[str, tuple[Verb, ...]] = {
         Verb("run", "run_cmd", "Create and start a container from a spec file or an image.", tail=True),
         Verb("create", "run_cmd", "Create a container without starting it.", tail=True),
         Verb("start", "lifecycle_cmd", "Start containers."),
-        Verb("stop", "lifecycle_cmd", "Stop containers: their stop signal, then SIGKILL after the timeout."),
+        Verb("stop", "lifecycle_cmd", "Stop containers, with SIGKILL after the timeout."),
         Verb("kill", "lifecycle_cmd", "Send a signal to containers."),
         Verb("restart", "lifecycle_cmd", "Stop containers and start them again."),
         Verb("rm", "lifecycle_cmd", "Remove containers and all that is theirs."),

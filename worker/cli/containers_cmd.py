@@ -3,7 +3,7 @@
 import asyncio
 from typing import Any
 
-from schemas.node import NotEnforced
+from schemas.node import NodeState, NotEnforced
 from schemas.status import ContainerStatus, State, Stats
 from worker.bus.failures import NoAnswer, NoResponders
 from worker.cli.app import OK
@@ -113,11 +113,7 @@ async def list_all(
     present = [chosen] if chosen else [presence.node for presence in await fleet.nodes()]
     seen = await fleet.last_seen()
     listed: list[Listed] = []
-    away = [
-        node
-        for node, event in seen.items()
-        if node not in present and event.state != "stopped" and chosen in (None, node)
-    ]
+    away = [node for node in seen if node not in present and chosen in (None, node)]
 
     async def ask(node: str) -> None:
         try:
@@ -134,7 +130,10 @@ async def list_all(
             fits = wanted is None or status.state == wanted
             if node in away and fits and all(status.labels.get(k) == v for k, v in labels.items()):
                 listed.append(Listed(node, status, reachable=False))
-    return listed, sorted(away)
+    # A worker that was stopped in order and has nothing is no news.
+    quiet = {node for node, event in seen.items() if event.state == NodeState.STOPPED}
+    quiet -= {one.node for one in listed}
+    return listed, sorted(node for node in away if node not in quiet)
 
 
 def options_inspect(parser: Parser) -> None:

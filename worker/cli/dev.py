@@ -72,6 +72,7 @@ class _Dev:
         self._base = Path(args.data_dir).absolute() if args.data_dir else dev_data_dir(context.env)
         self._interrupts = 0
         self._stop = asyncio.Event()
+        self._end = asyncio.Event()
         self._hurry = asyncio.Event()
 
     async def run(self) -> int:
@@ -108,7 +109,13 @@ class _Dev:
         config = self._config(url)
         ready = asyncio.Event()
         worker = asyncio.ensure_future(
-            run_worker(config, setup=True, takeover=self._args.takeover, on_ready=ready.set)
+            run_worker(
+                config,
+                setup=True,
+                takeover=self._args.takeover,
+                on_ready=ready.set,
+                stop=self._end,
+            )
         )
         try:
             if await _first(worker, ready):
@@ -128,8 +135,8 @@ class _Dev:
         worker: "asyncio.Future[None]",
     ) -> None:
         loop = asyncio.get_running_loop()
-        # The worker's own handler ends it at once; here the containers come first.
-        for number in (signal.SIGINT, signal.SIGHUP):
+        # The containers come first, then the worker, then the server.
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(number, self._interrupt)
         async with await FleetClient.connect(config.nats, name="sandfleet dev") as fleet:
             node = await _only_node(fleet)
@@ -225,9 +232,9 @@ class _Dev:
             await asyncio.gather(stopping, hurry, return_exceptions=True)
 
     async def _end_worker(self, worker: "asyncio.Future[None]") -> None:
-        """The way a service manager does it: the worker tells the fleet that it stops."""
+        """In order: the worker tells the fleet that it stops."""
         if not worker.done():
-            os.kill(os.getpid(), signal.SIGTERM)
+            self._end.set()
             await asyncio.wait({worker}, timeout=END_S)
         if not worker.done():
             worker.cancel()

@@ -20,9 +20,9 @@ from worker.cli.lifecycle_cmd import shell_code
 from worker.cli.logs_cmd import lost_text
 from worker.cli.parser import Namespace, Parser, UsageError, duration, pair, whole
 from worker.cli.specs import is_file, specs_of
-from worker.client import FleetClient, new_id, raised
+from worker.client import FleetClient, new_id
 from worker.client_logs import LogOrder
-from worker.errors import Conflict, ContractError
+from worker.errors import Conflict, ContractError, from_wire
 
 LAST_LOGS_S = 10.0
 ENDED = (State.EXITED, State.FAILED, State.REMOVED)
@@ -157,7 +157,7 @@ async def begin(
     if failed and command.spec.lifecycle.delete_on_exit and done.instance:
         remove = Remove(id=new_id(), if_instance=done.instance)
         await fleet.command(target.node, target.cid, remove, check=False)
-    raise raised(done.error)
+    raise from_wire(done.error)
 
 
 def explain(failure: ContractError, args: Namespace) -> ContractError:

@@ -205,7 +205,7 @@ class Container:
             "killed_by_us": run.killed_by,
             "escalated": run.escalated,
             "started_at_us": run.started_at_us,
-            "finished_at_us": at_us,
+            "finished_at_us": max(at_us, run.started_at_us),  # two processes read the clock
             "lost": lost,
             "usage": {"cpu_usec": usage.get("cpu_usec", 0), "max_rss": usage.get("max_rss", 0)},
         }

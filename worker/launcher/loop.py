@@ -101,6 +101,7 @@ class Signals:
         signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, _noted)
         signal.signal(signal.SIGTERM, _noted)
+        signal.signal(signal.SIGCONT, _noted)  # for shims, which inherit it: see there
         signal.pthread_sigmask(signal.SIG_SETMASK, ())  # what waited for a handler has one now
 
     def take(self) -> set[int]:

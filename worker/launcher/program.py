@@ -64,6 +64,8 @@ def run_ordered(birth: Birth, order: socket.socket) -> NoReturn:
     """Become the program that `order` will tell. Never returns."""
     try:
         if _settle(birth):
+            # The shim's own end of things is not closed yet when it forks this child.
+            birth.table.close_descriptors({0, 1, 2, birth.report, order.fileno()})
             birth.sandboxes.ahead()
             message = _await(order)
             if message is not None:

@@ -31,7 +31,11 @@ from worker.launcher.protocol import FrameBuffer, decode_body, encode_body, fram
 from worker.launcher.reaper import Step, TreeKiller, belonging, exit_code
 from worker.launcher.sandbox import Sandboxes
 
+_EXITED = b'{"t":"exited","code":%d,"at":%d,"cpu_usec":%d,"main_cpu_usec":%d,"max_rss":%d}'
 PLAN_START = b'{"t":"plan",'
+
+# A signal that also wakes a shim which someone of the same user has stopped.
+_PARENT_DIED = signal.SIGCONT
 
 _MAX_DESCRIPTORS = 64
 _KILL_WAITS_MS = (0, 1, 2, 5, 10, 20, 50)
@@ -88,7 +92,9 @@ class Shim:
         self._passed: list[int] = []
         self._main: Spawned | None = None
         self._execs: dict[int, Spawned] = {}
+        self._reports: dict[int, Spawned] = {}
         self._sessions: list[int] = []
+        self._poll = select.poll()
         self._wake = -1
         self._plan = b""
         self._childless = False
@@ -96,40 +102,36 @@ class Shim:
 
     def run(self) -> None:
         args = self._args
-        # A group of its own in the launcher's session: when the launcher dies the group is orphaned, and
-        # the kernel continues a shim that someone had stopped.
+        # First, because every page that is written to later would be copied once more.
+        if not self._start_main():
+            os._exit(0)
         os.setpgid(0, 0)
         wake_read, wake_write = os.pipe()
         os.set_blocking(wake_write, False)
         os.set_blocking(wake_read, False)
         signal.set_wakeup_fd(wake_write, warn_on_full_buffer=False)
-        self._table.follow_parent(signal.SIGTERM)
+        self._table.follow_parent(_PARENT_DIED)
         if not self._has_parent():
             os._exit(0)
         self._table.adopt_orphans()
         self._table.name_process("shim")
-        order = args.order.fileno()
-        own = {0, 1, 2, self._sock.fileno(), order, wake_read, wake_write, args.stdout, args.stderr}
+        own = {0, 1, 2, self._sock.fileno(), wake_read, wake_write, *self._reports}
+        own.update(spawned.held for spawned in self._spawned() if spawned.held is not None)
         self._table.close_descriptors(own | set(args.keep))
         self._wake = wake_read
-        if self._start_main():
-            self._serve()
-        os._exit(0)
+        self._serve()
 
     # -- the loop
 
-    def _serve(self) -> None:
+    def _serve(self) -> NoReturn:
         sock, wake = self._sock.fileno(), self._wake
+        self._poll.register(sock, select.POLLIN)
+        self._poll.register(wake, select.POLLIN)
         while not self._ending:
-            poll = select.poll()
-            poll.register(sock, select.POLLIN)
-            poll.register(wake, select.POLLIN)
-            for spawned in self._spawned():
-                if spawned.report is not None:
-                    poll.register(spawned.report, select.POLLIN)
-            ready = {fd for fd, _ in poll.poll()}
-            for spawned in self._spawned():
-                if spawned.report in ready:
+            ready = [fd for fd, _ in self._poll.poll()]
+            for fd in ready:
+                spawned = self._reports.get(fd)
+                if spawned is not None:
                     self._read_report(spawned)
             if wake in ready:
                 _drain(wake)
@@ -144,7 +146,7 @@ class Shim:
         """Whether the launcher is alive. Without a nursery, the launcher is the parent."""
         parent = os.getppid()
         if parent == self._args.launcher:
-            self._table.follow_parent(signal.SIGTERM)  # it may have become that just now
+            self._table.follow_parent(_PARENT_DIED)  # it may have become that just now
         return parent in (self._args.launcher, self._args.nursery) or not self._table.exact
 
     def _spawned(self) -> list[Spawned]:
@@ -166,9 +168,7 @@ class Shim:
         args = self._args
         null = os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC)
         spawned = self._fork((null, args.stdout, args.stderr), None, None)
-        for fd in (null, args.stdout, args.stderr):
-            os.close(fd)
-        args.order.close()
+        os.close(null)
         if isinstance(spawned, Failure):
             self._send(t="failed", **spawned._asdict())
             return False
@@ -196,7 +196,9 @@ class Shim:
         held = args.sandboxes.hold(pid)
         os.close(report_write)
         self._sessions.append(pid)
-        return Spawned(pid, report_read, session, held)
+        self._poll.register(report_read, select.POLLIN)
+        spawned = self._reports[report_read] = Spawned(pid, report_read, session, held)
+        return spawned
 
     def _read_report(self, spawned: Spawned) -> None:
         """Read what the child says of its way to the program; the end of it is the news."""
@@ -206,6 +208,8 @@ class Shim:
         if chunk:
             spawned.said += chunk
             return
+        self._poll.unregister(spawned.report)
+        del self._reports[spawned.report]
         os.close(spawned.report)
         spawned.report = None
         failure = read_report(spawned.said)
@@ -252,6 +256,8 @@ class Shim:
                 if spawned.held is not None:
                     os.close(spawned.held)
                     spawned.held = None
+                if self._table.exact:
+                    self._sessions.remove(pid)  # what is left of its session is found without it
                 if spawned.session is not None and self._execs.pop(spawned.session, None) is not None:
                     self._send(t="exec_exited", n=spawned.session, code=exit_code(status))
         return True
@@ -335,20 +341,23 @@ class Shim:
 
     # -- the end
 
-    def _end_tree(self) -> None:
+    def _end_tree(self) -> NoReturn:
         main = self._main
         at = _now_us()
         ended = main is not None and (main.status is not None or self._table.ended(main.pid))
         self._end_children()
         if main is not None and main.status is not None:
             usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-            self._send(
-                t="exited",
-                code=exit_code(main.status),
-                at=at if ended else _now_us(),
-                cpu_usec=_cpu_usec(usage),
-                main_cpu_usec=_cpu_usec(main.times),
-                max_rss=usage.ru_maxrss * self._table.rss_unit,
+            # Written out, as `started` is.
+            self._send_body(
+                _EXITED
+                % (
+                    exit_code(main.status),
+                    at if ended else _now_us(),
+                    _cpu_usec(usage),
+                    _cpu_usec(main.times),
+                    usage.ru_maxrss * self._table.rss_unit,
+                )
             )
         os._exit(0)
 
