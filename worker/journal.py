@@ -11,6 +11,7 @@ import sqlite3
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -56,6 +57,7 @@ GIVE_WAY_IN_COMMIT_S = 0.0005
 LONGEST_PATIENCE_S = 0.016
 SLOW_COMMIT_S = 1.0
 CHECK_BUDGET_S = 0.4
+MAX_FRESH_BYTES = 1 << 20
 
 T = TypeVar("T")
 
@@ -94,12 +96,15 @@ class Journal:
         self._queue: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
         self._closed: asyncio.Future[None] | None = None
         self._urgent: set[asyncio.Future[Any]] = set()  # what is not answered yet
+        self._given = 0  # by the owner thread
         self._answered = 0
         self._answered_before = 0
         self._watching = False
         self._patience_s = PATIENCE_S
         self._in_commit = False
         self._progress = threading.Event()
+        self._fresh: deque[OutboxRow] = deque()
+        self._fresh_bytes = 0
 
     @classmethod
     async def open(
@@ -165,6 +170,18 @@ class Journal:
         """Run `function` in the owner thread on what is committed; it must not write."""
         return await self._submit(function, writes=False, due=0.0)
 
+    def take_fresh(self, after_seq: int) -> list[OutboxRow]:
+        """Events just committed, if they begin right after `after_seq`: it saves reading them from the file.
+
+        They are given once. An empty list says nothing: what there is stands in the file.
+        """
+        while self._fresh and self._fresh[0].seq <= after_seq:
+            self._fresh.popleft()
+        rows = list(self._fresh) if self._fresh and self._fresh[0].seq == after_seq + 1 else []
+        self._fresh.clear()
+        self._fresh_bytes = 0
+        return rows
+
     async def close(self) -> None:
         """Finish what was asked for, mark the file as closed, and end the thread."""
         if self._closed is None:
@@ -196,7 +213,8 @@ class Journal:
         thread has come to its commit or to its answer, 2 ms at most, and less often when the disk is slow.
         """
         self._watching = False
-        if not self._urgent or self._answered != self._answered_before:
+        on_their_way = self._given != self._answered
+        if not self._urgent or on_their_way or self._answered != self._answered_before:
             self._patience_s = PATIENCE_S
         else:
             self._progress.clear()
@@ -205,20 +223,28 @@ class Journal:
         if self._urgent:
             self._watch_over()
 
-    def _answer(self, answers: list[_Answer], done: _State | None, *, events: bool = False) -> bool:
-        """From the owner thread: give answers to the loop in one step. False when the loop is gone."""
+    def _answer(
+        self, answers: list[_Answer], done: _State | None, fresh: list[OutboxRow] | None = None
+    ) -> bool:
+        """From the owner thread: give answers to the loop in one step. False when the loop is gone.
+
+        `fresh` are the committed events, None when none were made or changed.
+        """
+        self._given += 1
         self._progress.set()
         try:
-            self._loop.call_soon_threadsafe(self._resolve, answers, done, events)
+            self._loop.call_soon_threadsafe(self._resolve, answers, done, fresh)
         except RuntimeError:
             return False
         return True
 
-    def _resolve(self, answers: list[_Answer], done: _State | None, events: bool) -> None:
+    def _resolve(self, answers: list[_Answer], done: _State | None, fresh: list[OutboxRow] | None) -> None:
         if done is not None:
+            if done.epoch != self.epoch:
+                self._fresh.clear()
             self.epoch = done.epoch
-        if events and self.on_outbox is not None:
-            self.on_outbox()
+        if fresh is not None:
+            self._keep_fresh(fresh)
         self._answered += 1
         for future, value, failure in answers:
             self._urgent.discard(future)
@@ -228,6 +254,17 @@ class Journal:
                 future.set_result(value)
             else:
                 future.set_exception(failure)
+        # After the answers: what they set going, such as a program's start, comes before its publication.
+        if fresh is not None and self.on_outbox is not None:
+            self.on_outbox()
+
+    def _keep_fresh(self, rows: list[OutboxRow]) -> None:
+        """Bounded: while nobody takes them, they are in the file all the same."""
+        self._fresh.extend(rows)
+        self._fresh_bytes += sum(len(row.payload) for row in rows)
+        if self._fresh_bytes > MAX_FRESH_BYTES:
+            self._fresh.clear()
+            self._fresh_bytes = 0
 
 
 class _Owner:
@@ -256,9 +293,12 @@ class _Owner:
                 listened_to = self._journal._answer([self._run(work) for work in reads], None)
             if writes:
                 before = self._state()
+                self._tx.fresh = []
                 answers = self._commit(writes)
                 after = self._state()
-                listened_to = self._journal._answer(answers, after, events=after != before)
+                # Another epoch has renumbered what was not sent: that is for the file to tell.
+                made = self._tx.fresh if after.epoch == before.epoch else []
+                listened_to = self._journal._answer(answers, after, made if after != before else None)
         close_database(self._connection, clean=listened_to)
         if listened_to and self._journal._closed is not None:
             self._journal._answer([_Answer(self._journal._closed, None, None)], None)
@@ -369,3 +409,4 @@ class _Owner:
 
     def _restore(self, state: _State) -> None:
         self._tx.epoch, self._tx.last_seq = state
+        self._tx.fresh = [row for row in self._tx.fresh if row.seq <= state.last_seq]

@@ -38,6 +38,7 @@ class OutboxTx:
         self.epoch = epoch
         self.boot = boot
         self.last_seq = last_seq  # of the newest event
+        self.fresh: list[OutboxRow] = []  # the events of this transaction
 
     def now(self) -> datetime:
         return self._clock()
@@ -61,6 +62,7 @@ class OutboxTx:
             (seq, subject, payload, headers_text(headers)),
         )
         self.last_seq = seq
+        self.fresh.append(OutboxRow(seq, subject, payload, headers, None))
         return event
 
     def outbox(self, after_seq: int, limit: int, max_bytes: int) -> list[OutboxRow]:

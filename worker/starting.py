@@ -1,5 +1,6 @@
 """From `pending`, `exited` or `failed` to a program that runs under its sandbox."""
 
+import asyncio
 import signal
 from collections.abc import Callable
 from typing import Any
@@ -108,7 +109,6 @@ class Starter:
         self, actor: ContainerActor, work: Work, record: ContainerRecord, result: dict[str, Any] | None
     ) -> None:
         services, status = self._services, record.status
-        services.logs.attach(actor.cid, status.instance, services.data.container(actor.cid).state, status.run)
         policy = services.policy_of(record)
         request = self.start_request(record, policy)
         scratch = [volume for volume in policy.volumes if volume.kind == "tmpfs"]
@@ -116,7 +116,15 @@ class Starter:
             await services.in_thread(empty_tmpfs, scratch)
         if work.overtaken_by is not None:
             await self._cancel_start(actor, work, 0)
-        started = await services.launcher.start(request)
+        starting = asyncio.create_task(services.launcher.start(request), name=f"launch {actor.cid}")
+        try:
+            await asyncio.sleep(0)  # the request is on its way; its log is looked for meanwhile
+            state_dir = services.data.container(actor.cid).state
+            services.logs.attach(actor.cid, status.instance, state_dir, status.run)
+            started = await starting
+        except BaseException:
+            starting.cancel()
+            raise
         if work.overtaken_by is not None:
             exit_record = await services.launcher.kill_tree(actor.cid, status.instance, status.run)
             await services.launcher.forget(actor.cid, status.instance)

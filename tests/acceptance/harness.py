@@ -210,9 +210,10 @@ class Client:
 
     async def close(self) -> None:
         if self._reader is not None:
-            self._reader.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._reader
+            # A cancellation that meets a message just arriving can be lost in the library: ask until it ends.
+            while not self._reader.done():
+                self._reader.cancel()
+                await asyncio.wait({self._reader}, timeout=0.2)
         if self.nc is not None:
             await self.nc.close()
 

@@ -4,10 +4,13 @@ connection   Bus: connect, publish, request, subscribe, queue (bounded), listen,
 jetstream    JetStream: api, stream_info, last_message, publish; StreamNames
 reader       StreamReader (ordered, own cursor, follows or ends), BucketWatcher, read_bucket (KV)
 streams      setup_streams, check_streams, wait_for_streams
-consumer     CommandConsumer, Delivery           outbox       OutboxPublisher    recovery  decide(): pure
+consumer     CommandConsumer, Delivery           outbox       OutboxPublisher; recovery: decide(), pure
 chunks       ChunkPublisher, StoredChunk         rpc          serve_queries, query
 presence     Presence                            permissions  the contract's permission lists as data
 server       EmbeddedServer                      failures     what the bus raises
+
+Behind these: dial, probe, credentials, wire, replies, subscription (the connection); batches
+(the outbox); delivery (the consumer); window (chunks); messages (wire details).
 
 Nothing is imported here, so that a program that needs no NATS does not pay for it.
 """

@@ -219,7 +219,10 @@ class OutboxPublisher:
 
     async def _read_rows(self) -> bool:
         after = self.sent_seq
-        self._rows.extend(await self._journal.read(lambda tx: tx.outbox(after, READ_EVENTS, READ_BYTES)))
+        self._rows.extend(
+            self._journal.take_fresh(after)
+            or await self._journal.read(lambda tx: tx.outbox(after, READ_EVENTS, READ_BYTES))
+        )
         return bool(self._rows)
 
     async def _send(self) -> None:

@@ -14,6 +14,8 @@ from worker.launcher.state import STATE_VERSION, descriptors
 
 EXIT_USAGE, EXIT_FAILED = 2, 1
 
+_READY = b"ready"
+
 USAGE = (
     "usage: launcher --data-dir DIR --key-file FILE [--socket PATH] [--foreground] [--unsandboxed-for-tests]"
 )
@@ -89,7 +91,7 @@ def main(arguments: list[str]) -> int:
         return serve(options, place, 2)
     ready, told = os.pipe()
     if os.fork():
-        return _await_ready(ready, told)
+        os._exit(_await_ready(ready, told))  # nothing here needs to be put in order
     os.close(ready)
     os.setsid()
     os._exit(serve(options, place, told))
@@ -105,11 +107,12 @@ def _await_ready(ready: int, told: int) -> int:
     """The parent's part: end when the launcher listens, or say why it does not."""
     os.close(told)
     said = b""
-    while chunk := os.read(ready, 4096):
+    # Not to its end: children of the launcher may hold the pipe a moment longer.
+    while said != _READY and (chunk := os.read(ready, 4096)):
         said += chunk
-    if said == b"ready":
+    if said == _READY:
         return 0
-    sys.stderr.write(said.decode(errors="replace") or "the launcher died while it started\n")
+    os.write(2, said or b"the launcher died while it started\n")
     return EXIT_FAILED
 
 
@@ -125,7 +128,7 @@ def serve(options: Options, place: Place, told: int) -> int:
         os.write(told, text.encode(errors="replace"))
         return EXIT_FAILED
     if not options.foreground:
-        os.write(told, b"ready")
+        os.write(told, _READY)
         os.close(told)
     loop.run()
     place.leave()

@@ -77,7 +77,7 @@ class Spares:
         self._asked = 0
         self._failures = 0
         self._closed = False
-        self._revive()
+        loop.timers.after(0, self._revive)  # whoever waits for the launcher need not wait for this
 
     def take(self, on_shim: OnShim, on_failure: OnFailure) -> None:
         """Give a spare to `on_shim`, at once or when the nursery has made one. Call `refill` afterwards."""
