@@ -302,8 +302,6 @@ class Agent:
         try:
             async with asyncio.TaskGroup() as tasks:
                 tasks.create_task(_until_cancelled(sending), name="outbox watch")
-                await self._tell(node_commands, runtime.node_state())
-                recovered = await handler.recover()
                 service = await serve_queries(
                     bus,
                     services.node,
@@ -311,6 +309,9 @@ class Agent:
                     version=package_version(),
                     description=f"node {services.node}",
                 )
+                # Whoever hears that the node is ready may ask it at once.
+                await self._tell(node_commands, runtime.node_state())
+                recovered = await handler.recover()
                 tasks.create_task(presence.run(), name="presence")
                 tasks.create_task(consumer.run(handler.handle), name="commands")
                 tasks.create_task(Repeater(bus, outbox, runtime).run(), name="repeat")
