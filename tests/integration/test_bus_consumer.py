@@ -12,7 +12,7 @@ from schemas.subjects import Subjects
 from tests.integration.conftest import Connect, ServerFactory, until
 from worker.bus.connection import Bus
 from worker.bus.consumer import CommandConsumer, Delivery
-from worker.bus.failures import JetStreamError
+from worker.bus.failures import JetStreamError, NoAnswer
 from worker.bus.server import EmbeddedServer
 from worker.bus.streams import setup_streams
 from worker.errors import Fenced
@@ -333,6 +333,33 @@ async def test_it_waits_for_a_stream_that_is_not_there_yet(
     await asyncio.wait_for(consumer.ready.wait(), 10)
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
+
+
+@pytest.mark.parametrize("done", [True, False], ids=["done all the same", "not done"])
+async def test_no_answer_to_its_creation(
+    nats_server: EmbeddedServer, admin: Bus, connect: Connect, monkeypatch: pytest.MonkeyPatch, done: bool
+) -> None:
+    """Deleting what a slow cluster has just created would go on for ever."""
+    bus, taker = await connect(nats_server, node="n1"), Taker()
+    calls: list[str] = []
+    api = bus.js.api
+
+    async def impatient(call: str, request: Any = None, **options: Any) -> dict[str, Any]:
+        calls.append(call.split(".")[1])
+        if calls[-1] == "CREATE" and calls.count("CREATE") == 1:
+            if done:
+                await api(call, request, **options)
+            raise NoAnswer("too late")
+        return await api(call, request, **options)
+
+    monkeypatch.setattr(bus.js, "api", impatient)
+    await send(admin, "n1", *numbers(0, 1))
+    async with consuming(bus, taker):
+        await until(lambda: taker.seen == numbers(0, 1))
+        await send(admin, "n1", *numbers(2))
+        await until(lambda: taker.seen == numbers(0, 1, 2))
+    again = [] if done else ["DELETE", "CREATE"]
+    assert calls == ["DELETE", "CREATE", "INFO", *again]
 
 
 async def test_a_handler_that_fails_ends_it(

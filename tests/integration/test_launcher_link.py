@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +18,7 @@ from tests.integration.launcher_help import (
     alive,
     data_directory,
     launcher_pid,
+    look_into,
     read_stream,
     until,
 )
@@ -112,8 +114,8 @@ async def test_it_survives_the_terminal_and_the_worker(home: Home) -> None:
     assert await worker.stdout.readline() == b"ready\n"
     pid = launcher_pid(home)
     assert pid is not None
-    with open(f"/proc/{pid}/environ", "rb") as file:
-        assert b"SECRET" not in file.read()
+    environment = look_into(Path(f"/proc/{pid}/environ").read_bytes)
+    assert b"SECRET" not in (environment or b"")  # type: ignore[operator]
     os.killpg(worker.pid, signal.SIGINT)
     os.killpg(worker.pid, signal.SIGKILL)
     await worker.wait()

@@ -8,7 +8,6 @@ import signal
 import socket
 import sys
 from collections.abc import AsyncIterator
-from pathlib import Path
 
 import pytest
 
@@ -368,8 +367,12 @@ async def test_a_failed_start_gives_the_guard_back(home: Home, launcher: Launche
     assert not _can_bind(port, reuse=True)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="looks into a process that hides itself")
 async def test_descriptors_do_not_leak(home: Home, launcher: Launcher, heard: Hearing) -> None:
-    async def round_of(number: int) -> int:
+    def held() -> int:
+        return len(os.listdir(f"/proc/{launcher.pid}/fd"))
+
+    async def use(number: int) -> None:
         cid = f"a-{number}"
         await launcher.reserve_port(cid)
         await launcher.start(home.shell(cid, "echo x; sleep 600"))
@@ -380,7 +383,10 @@ async def test_descriptors_do_not_leak(home: Home, launcher: Launcher, heard: He
         await launcher.release_port(cid)
         with pytest.raises(LaunchFailed):
             await launcher.start(home.request(cid, "/no/such"))
-        return len(list(Path(f"/proc/{launcher.pid}/fd").iterdir()))
 
-    counts = [await round_of(number) for number in range(8)]
-    assert max(counts[4:]) <= max(counts[:4])
+    await use(0)
+    before = held()
+    for number in range(1, 9):
+        await use(number)
+    # A spare that is being made, or just ended, makes a few more for a moment.
+    await until(lambda: held() <= before)

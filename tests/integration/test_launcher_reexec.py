@@ -16,6 +16,7 @@ from tests.integration.launcher_help import (
     data_directory,
     descendants,
     digest,
+    look_into,
     read_stream,
     until,
 )
@@ -89,8 +90,8 @@ async def test_nothing_is_lost(home: Home, launcher: Launcher, heard: Hearing) -
     await launcher.start(home.shell("d-0", "echo new; exit 1"))
     assert (await heard.exit_of("d-0")).exit_code == 1
     assert [e.cid for e in heard.exits].count("c-0") == 1
-    names = [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")]
-    assert not [name for name in names if "launcher.state" in name]
+    names = look_into(lambda: [os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd")])
+    assert "launcher.state" not in str(names)
 
 
 async def test_a_stop_keeps_its_deadline(home: Home, launcher: Launcher, heard: Hearing) -> None:

@@ -274,15 +274,23 @@ class CommandConsumer:
         await asyncio.sleep(RETRY_S * random.uniform(1, 5))
 
     async def _make(self) -> None:
-        """Delete and create, until it works."""
+        """Delete and create, until it works.
+
+        In a cluster that has lost a server it can take longer to create one than is waited for the answer: what
+        was asked for and not answered is looked for before it is deleted and asked for again.
+        """
         loop = asyncio.get_running_loop()
         pause, told = RETRY_S, loop.time() - REPORT_EVERY_S
+        asked = False
         while True:
             try:
                 await self._bus.wait_connected()
                 session = self._bus.session
-                await self._delete()
-                await self._create()
+                if not (asked and await self._find_untouched()):
+                    asked = False
+                    await self._delete()
+                    asked = True
+                    await self._create()
                 self._go_on(session)
                 return
             except Unavailable as failure:
@@ -300,6 +308,20 @@ class CommandConsumer:
             raise
         self._patience_s = PATIENCE_S
         return answer
+
+    async def _find_untouched(self) -> bool:
+        """Whether the consumer is there and has not given anybody a message yet."""
+        try:
+            info = await self._api(f"CONSUMER.INFO.{self.stream}.{self.name}")
+        except JetStreamError as error:
+            if error.status == 404:
+                return False
+            raise
+        if info.get("num_ack_pending") or info.get("delivered", {}).get("consumer_seq"):
+            return False
+        self._created = str(info.get("created", ""))
+        self.rebuilds += 1
+        return True
 
     async def _delete(self) -> None:
         try:

@@ -45,6 +45,7 @@ def assemble(
     table = system()
     table.hide_memory()
     table.adopt_orphans()
+    table.heed_hidden_signals()
     table.name_process("main")
     facts = _first_facts() if before is None else before["facts"]
     most = _raise_descriptor_limit(table)

@@ -50,6 +50,9 @@ class DarwinSystem:
     def adopt_orphans(self) -> None:
         """Not possible here; `exact` is false."""
 
+    def heed_hidden_signals(self) -> None:
+        """There are none."""
+
     def follow_parent(self, signum: int) -> None:
         """Not possible here; the end of the shim's socket tells it."""
 

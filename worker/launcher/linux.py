@@ -21,6 +21,8 @@ _SO_PEERCRED = 17
 _F_SETPIPE_SZ, _F_GETPIPE_SZ = 1031, 1032
 _P_PID, _WEXITED, _WNOWAIT = 1, 0x4, 0x1000000
 _MAX_FD = 0xFFFFFFFF
+_RT_SIGACTION = {"x86_64": 13, "aarch64": 134}
+_HIDDEN_SIGNALS = (32, 33)  # the C library keeps them for its threads
 
 # Names that only Linux has; looked up so that the file is checked for every platform.
 _waitid: Callable[[int, int, int], object | None] = vars(os)["waitid"]
@@ -40,6 +42,15 @@ class LinuxSystem:
 
     def adopt_orphans(self) -> None:
         prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+    def heed_hidden_signals(self) -> None:
+        number = _RT_SIGACTION.get(os.uname().machine)
+        if number is None:
+            return
+        # struct sigaction of the kernel, all zero: SIG_DFL (handler, flags, restorer where there is one, mask).
+        default = ctypes.create_string_buffer(32)
+        for signum in _HIDDEN_SIGNALS:
+            syscall(number, signum, ctypes.addressof(default), 0, 8)
 
     def follow_parent(self, signum: int) -> None:
         prctl(_PR_SET_PDEATHSIG, signum)

@@ -40,6 +40,11 @@ class System(Protocol):
     def adopt_orphans(self) -> None:
         """Make this process the parent of every descendant that loses its own."""
 
+    def heed_hidden_signals(self) -> None:
+        """Undo an ignoring of signals that the language cannot name and every program would inherit: GNU make
+        starts its commands with such.
+        """
+
     def follow_parent(self, signum: int) -> None:
         """Have `signum` sent to this process when its parent dies."""
 

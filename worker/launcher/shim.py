@@ -127,6 +127,7 @@ class Shim:
         sock, wake = self._sock.fileno(), self._wake
         self._poll.register(sock, select.POLLIN)
         self._poll.register(wake, select.POLLIN)
+        self._reap()  # the program may have ended before there was a wake-up for it
         while not self._ending:
             ready = [fd for fd, _ in self._poll.poll()]
             for fd in ready:
