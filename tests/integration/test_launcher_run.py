@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import resource
 import signal
 import sys
 from collections.abc import AsyncIterator
@@ -10,8 +11,8 @@ from collections.abc import AsyncIterator
 import pytest
 
 from tests.integration.launcher_help import Hearing, Home, alive, data_directory, look_into, until
-from worker.errors import Conflict, NotFound, Unsupported
-from worker.supervisor import ExitRecord, Launcher, LaunchFailed, read_exit_record
+from worker.errors import Conflict, NotFound, ResourceExhausted, Unsupported
+from worker.supervisor import ExecRequest, ExitRecord, Launcher, LaunchFailed, read_exit_record
 
 pytestmark = pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="reads /proc")
 
@@ -170,8 +171,6 @@ async def test_the_program_gets_a_clean_world(home: Home, launcher: Launcher, he
     await launcher.start(request)
     assert (await heard.exit_of("a-0")).exit_code == 0
     seen = json.loads(home.output("a-0"))
-    import resource
-
     python_ignores = (1 << (signal.SIGPIPE - 1)) | (1 << (signal.SIGXFSZ - 1))
     assert seen["fds"] == [0, 1, 2]
     assert seen["env"] == env
@@ -307,6 +306,31 @@ async def test_no_exit_is_missed(home: Home, launcher: Launcher, heard: Hearing)
         await launcher.start(home.request(f"b-{number}", "/bin/true"))
     await until(lambda: len(heard.exits) == 240)
     assert {e.exit_code for e in heard.exits} == {0}
+
+
+async def test_used_up_descriptors_are_told(home: Home, launcher: Launcher, heard: Hearing) -> None:
+    prlimit = vars(resource)["prlimit"]
+    before = prlimit(launcher.pid, resource.RLIMIT_NOFILE)
+    await launcher.start(home.shell("a-0", "sleep 600"))
+    prlimit(launcher.pid, resource.RLIMIT_NOFILE, (170, before[1]))
+    results = await asyncio.gather(
+        *[launcher.start(home.shell(f"a-{n}", "echo x; sleep 600")) for n in range(1, 60)],
+        return_exceptions=True,
+    )
+    refused = [result for result in results if isinstance(result, BaseException)]
+    assert 40 < len(refused) < 59
+    assert {type(failure) for failure in refused} == {ResourceExhausted}
+    command = ExecRequest(program="/bin/true", argv=["true"], env={}, cwd="/", timeout_s=5)
+    assert (await launcher.exec("a-0", command)).exit_code == 0, "there is room to act"
+    running = await launcher.containers()
+    assert len(running) == 60 - len(refused)
+    for container in running:
+        await launcher.kill_tree(container.cid, "I", 1)
+    assert len(heard.exits) == len(running)
+    prlimit(launcher.pid, resource.RLIMIT_NOFILE, before)
+    await launcher.start(home.shell("b-0", "exit 3"))
+    assert (await heard.exit_of("b-0")).exit_code == 3
+    assert "bug" not in home.log()
 
 
 async def test_shutdown(home: Home, launcher: Launcher, heard: Hearing) -> None:

@@ -10,7 +10,7 @@ from worker.launcher.capture import Capture
 from worker.launcher.children import Children
 from worker.launcher.container import Container
 from worker.launcher.control import Control
-from worker.launcher.identity import Place, log
+from worker.launcher.identity import Log, Place
 from worker.launcher.launcher import Launcher
 from worker.launcher.loop import Loop, Signals, handled_signals
 from worker.launcher.mux import make_mux
@@ -36,6 +36,7 @@ def assemble(
     key_file: str,
     unsandboxed: bool,
     arguments: list[str],
+    log: Log,
     before: dict[str, Any] | None = None,
 ) -> Loop:
     """The loop of a launcher that owns `place` and listens already. `before` are the tables of one before
@@ -57,7 +58,7 @@ def assemble(
     mux = make_mux()
     # A stream has two files and, with its pipe and its share of a shim's socket, three more descriptors.
     capture = Capture(mux, table, OpenFiles(max(_MIN_OPEN_STREAMS, most // 5)), log)
-    loop = Loop(mux, capture, _on_bug)
+    loop = Loop(mux, capture, lambda bug, fd: _log_bug(log, bug, fd))
     children = Children(table, loop.timers)
     ports = Ports(loop.timers)
     control = Control(loop, listener, key_file, table, log)
@@ -135,7 +136,12 @@ def _raise_descriptor_limit(table: System) -> int:
     return max(most, soft)
 
 
-def _on_bug(bug: Exception, fd: int) -> None:
-    import traceback  # only now: it is large
-
-    log(f"bug, at descriptor {fd}: " + "".join(traceback.format_exception(bug)))
+def _log_bug(log: Log, bug: Exception, fd: int) -> None:
+    """Where it happened, written out by hand: this must not import or open anything."""
+    places = []
+    step = bug.__traceback__
+    while step is not None:
+        code = step.tb_frame.f_code
+        places.append(f"{os.path.basename(code.co_filename)}:{step.tb_lineno} {code.co_name}")
+        step = step.tb_next
+    log(f"bug, at descriptor {fd}: {type(bug).__name__}: {bug} ({' > '.join(places)})")

@@ -71,7 +71,7 @@ class Capture:
     def __init__(self, mux: Mux, table: System, files: OpenFiles, log: Callable[[str], None]) -> None:
         self._mux = mux
         self._table = table
-        self._files = files
+        self.files = files
         self._log = log
         self._buffer = bytearray(READ_BYTES)
         self._view = memoryview(self._buffer)
@@ -83,7 +83,7 @@ class Capture:
     # -- streams
 
     def writer(self, state_dir: str, name: str, max_bytes: int | None) -> SegmentWriter:
-        return SegmentWriter(state_dir, name, max_bytes, self._files, self._log)
+        return SegmentWriter(state_dir, name, max_bytes, self.files, self._log)
 
     def open(
         self, cid: str, name: str, fd: int, writer: SegmentWriter, max_rate: int | None

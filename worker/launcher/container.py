@@ -110,7 +110,7 @@ class Container:
             self.run.usage = message
             self._end(message["code"], message["at"])
         elif kind == "signalled":
-            self.ending.signalled(message["n"], gone=message["gone"])
+            self.ending.signalled(message["n"], gone=message["gone"], refused=message.get("refused", ""))
         elif kind == "ending":
             self.ending.alive()
         elif kind == "exec_failed":

@@ -27,6 +27,7 @@ from worker.launcher.protocol import (
 _HELLO_S = 5.0
 _MAX_STRANGERS = 16
 _ACCEPTS = 16
+_ACCEPT_AGAIN_S = 0.5
 
 Log = Callable[[str], None]
 
@@ -90,7 +91,7 @@ class Control:
         self._log = log
         self._subscriber: Client | None = None
         listener.setblocking(False)
-        loop.add(listener.fileno(), self._accept)
+        self._listen()
 
     # -- events
 
@@ -105,6 +106,9 @@ class Control:
 
     # -- connections
 
+    def _listen(self) -> None:
+        self.loop.add(self._listener.fileno(), self._accept)
+
     def _accept(self, mask: int) -> None:
         for _ in range(_ACCEPTS):
             try:
@@ -112,7 +116,10 @@ class Control:
             except BlockingIOError:
                 return
             except OSError as failure:
+                # No descriptor is left. Asking again at once would keep the processor busy with it.
                 self._log(f"a connection could not be accepted: {failure}")
+                self.loop.remove(self._listener.fileno())
+                self.loop.timers.after(_ACCEPT_AGAIN_S, self._listen)
                 return
             try:
                 pid, uid = self._table.peer(sock)

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from worker.launcher.protocol import NOT_FOUND, Refused
+from worker.launcher.protocol import NOT_FOUND, UNAVAILABLE, Refused
 from worker.launcher.reaper import Step, TreeKiller
 from worker.launcher.records import KILL_TREE, SIGNAL, STOP
 from worker.launcher.run import Host, Reply, Run
@@ -121,13 +121,15 @@ class Ending:
 
     # -- reached
 
-    def signalled(self, number: int, *, gone: bool) -> None:
-        """The shim has passed a signal on, or found the program ended."""
+    def signalled(self, number: int, *, gone: bool, refused: str) -> None:
+        """The shim has passed a signal on, or found the program ended, or was not allowed to."""
         reply = self._signals.pop(number, None)
         if reply is None:
             return
         if gone:
             reply.refuse(_just_ended(self._cid))
+        elif refused:
+            reply.refuse(Refused(UNAVAILABLE, f"the program of {self._cid} cannot be signalled: {refused}"))
         else:
             reply.ok()
 

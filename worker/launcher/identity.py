@@ -117,10 +117,7 @@ class Place:
             _unlink(self.path("json"))
 
     def open_log(self) -> int:
-        fd = os.open(self.path("log"), _RW | os.O_APPEND, 0o600)
-        if os.fstat(fd).st_size > _LOG_BYTES:
-            os.ftruncate(fd, 0)
-        return fd
+        return os.open(self.path("log"), _RW | os.O_APPEND, 0o600)
 
 
 _RW = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -133,10 +130,17 @@ def _unlink(path: str) -> None:
         return
 
 
-def log(text: str) -> None:
-    """One line on descriptor 2; a full disk must not matter."""
-    stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    try:
-        os.write(2, f"{stamp} launcher[{os.getpid()}] {text}\n".encode(errors="replace"))
-    except OSError:
-        return
+class Log:
+    """Lines on descriptor 2. With `bounded` that is launcher.log, which begins anew when it is large."""
+
+    def __init__(self, *, bounded: bool) -> None:
+        self._bounded = bounded
+
+    def __call__(self, text: str) -> None:
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        try:
+            if self._bounded and os.fstat(2).st_size > _LOG_BYTES:
+                os.ftruncate(2, 0)
+            os.write(2, f"{stamp} launcher[{os.getpid()}] {text}\n".encode(errors="replace"))
+        except OSError:
+            return  # a full disk must not matter

@@ -1,14 +1,23 @@
-"""The launcher: its parts put together, and the ops that the worker may ask for.
+"""The ops that the worker may ask for, and what is done between passes.
 
-| op | fields | answer | |---|---|---| | hello | key, protocol [low, high], events | protocol, build, pid,
-start_time, started_at_us | | containers | | containers, ports | | reserve_port · release_port | cid, port ·
-cid | port · released | | start | cid, instance, run, program, argv, env, cwd, plan, state_dir, limits |
-pid, start_time, started_at_us, … | | signal | cid, instance, run, signum | when it was sent | | stop | cid,
-instance, run, signum, timeout_s | record, when the tree has ended | | kill_tree | cid, instance, run |
-record, when the tree has ended; null when the program was never reached | | exec | cid, program, argv, env,
-cwd, stdin (base64), timeout_s, max_output | exit_code, stdout, stderr, … | | ack_output | cid, stream,
-offset | none | | forget | cid, instance | forgotten | | reexec | python, program | just before the launcher
-replaces itself and drops all connections | | shutdown | kill | when nothing runs; the launcher then exits |
+    op             fields                                     answer
+    hello          key, protocol [low, high], events          protocol, build, pid, start_time, started_at_us
+    containers                                                containers, ports
+    reserve_port   cid, port                                  port
+    release_port   cid                                        released
+    start          cid, instance, run, program, argv, env,    pid, start_time, started_at_us, shim_pid,
+                   cwd, plan, state_dir, limits               shim_start_time
+    signal         cid, instance, run, signum                 empty, when it was sent
+    stop           cid, instance, run, signum, timeout_s      record, when the tree has ended
+    kill_tree      cid, instance, run                         record, when the tree has ended
+    exec           cid, program, argv, env, cwd, timeout_s,   exit_code, stdout, stderr (base64), truncated,
+                   stdin (base64), max_output                 timed_out
+    ack_output     cid, stream, offset                        none
+    forget         cid, instance                              forgotten
+    reexec         python, program                            empty, just before it happens
+    shutdown       kill                                       empty, when nothing runs any more
+
+A record is null when the program was never reached.
 """
 
 import base64
@@ -34,8 +43,10 @@ from worker.launcher.protocol import (
 )
 from worker.launcher.records import SHUTDOWN
 from worker.launcher.reexec import Replacement
-from worker.launcher.run import Host, Phase
+from worker.launcher.room import PER_RUN, require_descriptors
+from worker.launcher.run import Host, Identity, Phase
 from worker.launcher.sandbox import Sandboxes
+from worker.launcher.segments import SegmentWriter
 from worker.launcher.spares import Spares
 
 _MAX_EXECS = 64
@@ -146,6 +157,13 @@ class Launcher:
             self._loop.stopped = True
         self._loop.timers.after(_ABANDONED_S, self._check_abandoned)
 
+    def _require_room(self, wanted: int) -> None:
+        """Refused when there are too few descriptors for `wanted` more beside those already promised."""
+        live = len(self._live())
+        files = self._host.capture.files
+        promised = min(live * len(STREAMS), files.limit) * 2 - files.open * 2
+        require_descriptors(wanted + max(promised, 0) + self._spares.waiting * PER_RUN)
+
     # -- which container
 
     def _find(self, message: Message) -> Container:
@@ -162,8 +180,9 @@ class Launcher:
     def _op_containers(self, client: Client, message: Message, reply: ClientReply) -> None:
         # A start that is under way is waited for: a new worker shall find it running, or not at all.
         self._listings.append((time.monotonic() + _LISTING_S, reply))
-        self._loop.timers.after(_LISTING_S, self._answer_listings)
         self._answer_listings()
+        if self._listings:
+            self._loop.timers.after(_LISTING_S, self._answer_listings)
 
     def _answer_listings(self) -> None:
         if not self._listings:
@@ -177,6 +196,7 @@ class Launcher:
 
     def _op_reserve_port(self, client: Client, message: Message, reply: ClientReply) -> None:
         port = requests.optional_whole(message, "port", 1, 65535)
+        self._require_room(1)
         reply.ok(port=self._host.ports.reserve(requests.text(message, "cid"), port))
 
     def _op_release_port(self, client: Client, message: Message, reply: ClientReply) -> None:
@@ -197,11 +217,8 @@ class Launcher:
                 return
             if same or old.live:
                 raise Refused(CONFLICT, f"run {old.identity.run} of {identity.cid} is {old.phase.value}")
-        writers = {
-            name: self._host.capture.writer(identity.state_dir, name, identity.max_log_bytes)
-            for name in STREAMS
-        }
-        container = Container(self._host, identity, writers)
+        self._require_room(PER_RUN)
+        container = Container(self._host, identity, self._writers(identity, old))
         if old is not None:
             old.dispose()
         self.containers[identity.cid] = container
@@ -210,18 +227,27 @@ class Launcher:
             lambda failure: container.not_started("fork", failure, reply),
         )
 
+    def _writers(self, identity: Identity, old: Container | None) -> dict[str, SegmentWriter]:
+        """Those of the run before, which know where its streams ended and what of them is lost; or new ones."""
+        if old is not None:
+            before = old.identity
+            if (before.instance, before.state_dir) == (identity.instance, identity.state_dir):
+                return old.writers
+        capture = self._host.capture
+        return {name: capture.writer(identity.state_dir, name, identity.max_log_bytes) for name in STREAMS}
+
     def _op_signal(self, client: Client, message: Message, reply: ClientReply) -> None:
         container = self._find(message)
         if container.phase is not Phase.RUNNING:
             raise Refused(NOT_FOUND, f"{container.cid} does not run; it is {container.phase.value}")
-        container.ending.signal(requests.whole(message, "signum", 1, 64), reply)
+        container.ending.signal(requests.signum(message), reply)
 
     def _op_stop(self, client: Client, message: Message, reply: ClientReply) -> None:
         container = self._find(message)
         if not container.live:
             reply.ok(record=container.run.record)
             return
-        signum = requests.whole(message, "signum", 1, 64)
+        signum = requests.signum(message)
         container.ending.stop(signum, requests.seconds(message, "timeout_s"), reply)
 
     def _op_kill_tree(self, client: Client, message: Message, reply: ClientReply) -> None:
@@ -244,6 +270,7 @@ class Launcher:
             raise Refused(CONFLICT, "the container does not run")
         if len(container.execs) >= _MAX_EXECS:
             raise Refused(EXHAUSTED, f"{_MAX_EXECS} programs are being executed in the container already")
+        self._require_room(len(STREAMS) + 1)
         self._exec_numbers += 1
         number = self._exec_numbers
         try:

@@ -6,7 +6,7 @@ import sys
 from typing import Any, NamedTuple
 
 from worker.launcher.assembly import assemble
-from worker.launcher.identity import EXIT_ALREADY_RUNNING, AlreadyRunning, Place, log
+from worker.launcher.identity import EXIT_ALREADY_RUNNING, AlreadyRunning, Log, Place
 from worker.launcher.loop import Loop
 from worker.launcher.reexec import read_tables
 from worker.launcher.sandbox import Sandboxes
@@ -121,7 +121,7 @@ def serve(options: Options, place: Place, told: int) -> int:
     try:
         _become_quiet(place, foreground=options.foreground)
         if not place.await_old_trees():
-            log("processes of an earlier launcher are still alive; starting beside them")
+            _log(options)("processes of an earlier launcher are still alive; starting beside them")
         loop = _assemble(options, place, place.listen(), None)
     except OSError as failure:
         text = f"the launcher cannot start in {place.data_dir}: {failure}\n"
@@ -145,7 +145,7 @@ def resume(options: Options, place: Place, tables: int) -> int:
     os.umask(0o077)
     os.environ.clear()
     loop = _assemble(options, place, socket.socket(fileno=held["listener"]), before)
-    log("replaced by newer code")
+    _log(options)("replaced by newer code")
     loop.run()
     place.leave()
     return 0
@@ -158,8 +158,13 @@ def _assemble(options: Options, place: Place, listener: socket.socket, before: d
         key_file=options.key_file,
         unsandboxed=options.unsandboxed,
         arguments=options.arguments,
+        log=_log(options),
         before=before,
     )
+
+
+def _log(options: Options) -> Log:
+    return Log(bounded=not options.foreground)
 
 
 def _become_quiet(place: Place, *, foreground: bool) -> None:

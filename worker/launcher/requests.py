@@ -1,5 +1,6 @@
 """Reading the fields of an op. Whatever is missing or of the wrong kind is `invalid_command`, by name."""
 
+import signal
 from typing import Any
 
 from worker.launcher.program import Command
@@ -21,6 +22,13 @@ def whole(message: Message, name: str, low: int, high: int) -> int:
     if type(value) is not int or not low <= value <= high:
         raise Refused(INVALID, f"{name} must be a whole number from {low} to {high}")
     return value
+
+
+def signum(message: Message) -> int:
+    number = whole(message, "signum", 1, signal.NSIG)
+    if number not in signal.valid_signals():
+        raise Refused(INVALID, f"signum must be that of a signal; {number} is none")
+    return number
 
 
 def optional_whole(message: Message, name: str, low: int, high: int) -> int | None:

@@ -33,13 +33,18 @@ class OpenFiles:
     """Keeps the files of at most `limit` streams open; those opened first are closed first."""
 
     def __init__(self, limit: int) -> None:
-        self._limit = limit
+        self.limit = limit
         self._writers: dict[SegmentWriter, None] = {}
+
+    @property
+    def open(self) -> int:
+        """How many streams have their files open; two each."""
+        return len(self._writers)
 
     def opened(self, writer: "SegmentWriter") -> None:
         self._writers.pop(writer, None)
         self._writers[writer] = None
-        if len(self._writers) > self._limit:
+        if len(self._writers) > self.limit:
             next(iter(self._writers)).close()
 
     def closed(self, writer: "SegmentWriter") -> None:

@@ -9,7 +9,7 @@ Messages (frames of `protocol`, `t` names the kind):
 
     launcher -> shim   plan {plan} · signal {n, signum, wake} · kill {} · exec_kill {n}
                        exec {n, program, argv, env, cwd} with three descriptors
-    shim -> launcher   started {pid, at} · failed {step, errno, detail} · signalled {n, gone}
+    shim -> launcher   started {pid, at} · failed {step, errno, detail} · signalled {n, gone, refused}
                        exec_failed {n, step, errno, detail} · exec_exited {n, code}
                        ending {left} while that takes long
                        exited {code, at, cpu_usec, main_cpu_usec, max_rss}
@@ -304,14 +304,18 @@ class Shim:
 
     def _pass_signal(self, number: int, signum: int, wake: bool) -> None:
         main = self._main
+        refused = ""
         gone = main is None or main.status is not None
         if main is not None and not gone:
-            # Not reaped, so the number is still its own, even when it has just ended.
-            os.kill(main.pid, signum)
-            process = self._table.find(main.pid) if wake else None
-            if process is not None and process.stopped:
-                os.kill(main.pid, signal.SIGCONT)
-        self._send(t="signalled", n=number, gone=gone)
+            try:
+                # Not reaped, so the number is still its own, even when it has just ended.
+                os.kill(main.pid, signum)
+                process = self._table.find(main.pid) if wake else None
+                if process is not None and process.stopped:
+                    os.kill(main.pid, signal.SIGCONT)
+            except OSError as failure:
+                refused = failure.strerror or str(failure)  # it has changed its user
+        self._send(t="signalled", n=number, gone=gone, refused=refused)
 
     def _exec(self, message: dict[str, Any]) -> None:
         files = (self._passed.pop(0), self._passed.pop(0), self._passed.pop(0))

@@ -5,6 +5,7 @@ behind it. It belongs to nobody until it is taken. In a burst, those who want on
 turn.
 """
 
+import errno
 import gc
 import os
 import signal
@@ -78,6 +79,11 @@ class Spares:
         self._failures = 0
         self._closed = False
         loop.timers.after(0, self._revive)  # whoever waits for the launcher need not wait for this
+
+    @property
+    def waiting(self) -> int:
+        """How many shims are wanted and not there yet."""
+        return len(self._waiting)
 
     def take(self, on_shim: OnShim, on_failure: OnFailure) -> None:
         """Give a spare to `on_shim`, at once or when the nursery has made one. Call `refill` afterwards."""
@@ -165,6 +171,11 @@ class Spares:
                 return
             self._asked -= 1
             pid, number = ANSWER.unpack(data)
+            if not number and len(fds) < DESCRIPTORS:
+                # Ours are used up. The shim ends when its sockets close.
+                for fd in fds:
+                    os.close(fd)
+                number = errno.EMFILE
             if number:
                 self._failed(OSError(number, os.strerror(number)))
             else:
@@ -193,6 +204,8 @@ class Spares:
 
     def _born(self, pid: int, fds: list[int]) -> None:
         self._failures = 0
+        for fd in fds:
+            os.set_inheritable(fd, False)
         sock, order = socket.socket(fileno=fds[0]), socket.socket(fileno=fds[1])
         shim = Shim(
             self._heritage,
