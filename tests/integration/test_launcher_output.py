@@ -11,7 +11,15 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from tests.integration.launcher_help import Hearing, Home, data_directory, digest, read_stream, until
+from tests.integration.launcher_help import (
+    Hearing,
+    Home,
+    data_directory,
+    descendants,
+    digest,
+    read_stream,
+    until,
+)
 from worker.errors import Conflict, Unavailable
 from worker.launcher.segments import MARK
 from worker.supervisor import ExecRequest, Launcher, LaunchFailed
@@ -64,9 +72,9 @@ async def test_every_byte_of_200_000_lines(home: Home, launcher: Launcher, heard
     assert stderr.data == b"".join(b"%d\n" % n for n in range(0, 200_000, 1000))
     assert stdout.lost == stderr.lost == []
     assert [(e.run, e.incomplete) for e in stdout.ends + stderr.ends] == [(1, False), (1, False)]
+    await until(lambda: ("a-0", "stdout", len(stdout.data)) in heard.notices)
     ends = [end for cid, name, end in heard.notices if name == "stdout"]
     assert ends == sorted(ends)
-    assert ends[-1] == len(stdout.data)
 
 
 async def test_old_segments_make_room(home: Home, launcher: Launcher, heard: Hearing) -> None:
@@ -384,9 +392,14 @@ async def test_descriptors_do_not_leak(home: Home, launcher: Launcher, heard: He
         with pytest.raises(LaunchFailed):
             await launcher.start(home.request(cid, "/no/such"))
 
+    def settled() -> bool:
+        """Nothing runs but two spares: four processes below the nursery."""
+        return len(descendants(launcher.pid)) == 5
+
     await use(0)
+    await until(settled)
     before = held()
     for number in range(1, 9):
         await use(number)
-    # A spare that is being made, or just ended, makes a few more for a moment.
-    await until(lambda: held() <= before)
+    await until(settled)
+    await until(lambda: held() == before)
