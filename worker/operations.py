@@ -1,7 +1,7 @@
 """What the container verbs do: the steps between a command that was accepted and its completion."""
 
-from collections.abc import Awaitable, Callable
-from typing import Any, TypeVar
+from collections.abc import Callable
+from typing import Any
 
 import msgspec
 from loguru import logger
@@ -21,8 +21,6 @@ from worker.records import ContainerRecord
 from worker.services import Services
 from worker.starting import Starter, refuse_when_draining, refuse_when_full
 from worker.work import Phase, Work, now_utc, write_completion, write_state
-
-T = TypeVar("T")
 
 
 class ContainerOperations:
@@ -129,8 +127,7 @@ class ContainerOperations:
             await self.ender.end_run_now(actor)
             await self.ender.teardown(actor, work)
         if actor.record is None:
-            if work.overtaken_by is not None:
-                raise Conflict(f"overtaken by a later {work.overtaken_by}")
+            work.refuse_if_overtaken()
             await actor.appear(self._new_record(actor.cid, spec, work), work)
         record = actor.record
         assert record is not None
@@ -167,10 +164,11 @@ class ContainerOperations:
         policy = services.make_policy(spec, cid, record.status.instance, port)
         await services.in_thread(services.sweep_container, cid)
         await services.in_thread(dirs.make)
-        await self._unless_overtaken(work, services.images.clone(image.digest, dirs.rootfs))
+        # Not cut off in the middle: a thread that still writes would outlive the tree's removal.
+        await services.images.clone(image.digest, dirs.rootfs)
+        work.refuse_if_overtaken()
         await services.in_thread(services.write_container_files, dirs, record, policy)
-        if work.overtaken_by is not None:
-            raise Conflict(f"overtaken by a later {work.overtaken_by}")
+        work.refuse_if_overtaken()
         return lambda r: msgspec.structs.replace(
             r.with_status(
                 message="ready",
@@ -183,16 +181,6 @@ class ContainerOperations:
             ),
             ready=True,
         )
-
-    async def _unless_overtaken(self, work: Work, step: Awaitable[T]) -> T:
-        """Await `step`; when the command is overtaken, let the step end and raise Conflict.
-
-        A step is not cut off in the middle: a thread that still writes would outlive the tree's removal.
-        """
-        result = await step
-        if work.overtaken_by is not None:
-            raise Conflict(f"overtaken by a later {work.overtaken_by}")
-        return result
 
     async def _abandon(self, actor: ContainerActor, work: Work, failure: ContractError) -> None:
         """A create that failed leaves nothing."""
@@ -245,8 +233,7 @@ class ContainerOperations:
         refuse_when_draining(self._services, work)
         if not self.starter.was_started(actor, work):
             await self._stop_for_restart(actor, work, command.timeout_s)
-            if work.overtaken_by is not None:
-                raise Conflict(f"overtaken by a later {work.overtaken_by}")
+            work.refuse_if_overtaken()
             await self.starter.start(actor, work)
 
     async def _stop_for_restart(self, actor: ContainerActor, work: Work, timeout_s: float | None) -> None:

@@ -13,6 +13,7 @@ from schemas.errors import ContractError
 from schemas.events import CommandCompleted, StateChanged
 from schemas.status import ContainerStatus, State
 from schemas.subjects import Subjects
+from worker.errors import Conflict
 from worker.journal import EventHead, Tx
 from worker.records import ContainerRecord, encode_record
 
@@ -67,6 +68,11 @@ class Work:
         self.overtaken_by = by.verb
         by.overtook = True
         self.overtaken.set()
+
+    def refuse_if_overtaken(self) -> None:
+        """Raises the Conflict in which an overtaken command ends."""
+        if self.overtaken_by is not None:
+            raise Conflict(f"overtaken by a later {self.overtaken_by}")
 
     def precedes(self, other: "Work") -> bool:
         """True when this command stands before `other` in the stream.

@@ -126,17 +126,11 @@ class Worker:
     def launcher_pid(self) -> int | None:
         """The launcher of this data directory, found as an operator would: by its command line."""
         for entry in Path("/proc").iterdir():
-            if entry.name.isdigit():
+            if entry.name.isdigit() and _is_launcher(int(entry.name), self.data):
                 with contextlib.suppress(OSError):
-                    argv = (entry / "cmdline").read_bytes().split(b"\0")
                     parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
-                    if (
-                        any(a.endswith(b"launcher/__main__.py") for a in argv)
-                        and str(self.data).encode() in argv
-                    ):
-                        siblings = [parent]
-                        if not _is_launcher(siblings[0], self.data):
-                            return int(entry.name)
+                    if not _is_launcher(parent, self.data):
+                        return int(entry.name)
         return None
 
     def log_text(self) -> str:
