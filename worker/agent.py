@@ -6,6 +6,7 @@ owner of the name begins nothing.
 """
 
 import asyncio
+import gc
 import os
 import signal
 from collections.abc import AsyncIterator, Callable
@@ -316,6 +317,7 @@ class Agent:
                 tasks.create_task(consumer.run(handler.handle), name="commands")
                 tasks.create_task(Repeater(bus, outbox, runtime).run(), name="repeat")
                 await consumer.ready.wait()
+                gc.freeze()  # a full collection of all modules stops the loop for 30 ms, measured
                 logger.info("ready as {} ({} commands to finish)", services.node, recovered)
                 if on_ready is not None:
                     on_ready()

@@ -65,19 +65,20 @@ def rival(argv: list[str], rounds: int) -> list[float] | None:
 
 
 class Watch:
-    """Core subscription to the node's state events: the moment each container was seen in a state."""
+    """The node's state events as they arrive: the moment each container was seen in a state."""
 
     def __init__(self) -> None:
         self.seen: dict[tuple[str, str, int], float] = {}
         self._waiting: dict[tuple[str, str, int], asyncio.Future[float]] = {}
 
     async def start(self, fleet: Fleet) -> None:
-        await fleet.client.nc.subscribe(f"{P}.evt.{fleet.client.node}.*.state", cb=self._on)
-        await fleet.client.nc.flush()
+        await fleet.client.follow_live(self._on)
 
-    async def _on(self, message: Any) -> None:
+    def _on(self, event: dict[str, Any]) -> None:
+        if event["type"] != "state_changed":
+            return
         now = time.perf_counter()
-        status = json.loads(message.data)["status"]
+        status = event["status"]
         key = (status["container"], status["state"], status["run"])
         self.seen.setdefault(key, now)
         if key in self._waiting and not self._waiting[key].done():

@@ -60,12 +60,12 @@ class Container:
         self._start_reply = reply
         self.host.ports.lend(self.cid)
         order, shim.order = shim.order, None
+        if order is not None:
+            order.send_last({**command._asdict(), "plan": plan})
         self.attach(shim)
         self.tell_shim({"t": "plan", "plan": plan})
         for message in self._early:
             self.tell_shim(message)
-        if order is not None:
-            order.send_last({**command._asdict(), "plan": plan})
 
     def not_started(self, step: str, failure: OSError, reply: Reply) -> None:
         """There is no shim to be had."""
