@@ -17,6 +17,7 @@ from worker.ending import Ender
 from worker.errors import Conflict, Interrupted, NotFound, Unavailable
 from worker.ids import new_ulid
 from worker.lifecycle import LIVE, Trigger
+from worker.platform.base import SandboxPolicy
 from worker.records import ContainerRecord
 from worker.services import Services
 from worker.starting import Starter, refuse_when_draining, refuse_when_full
@@ -135,22 +136,22 @@ class ContainerOperations:
         if record.status.state is State.PENDING and not record.ready:
             actor.set_phase(work, Phase.CREATING)
             try:
-                ready = await self._prepare(actor, work, record)
+                policy, ready = await self._prepare(actor, work, record)
                 if not start:
                     await actor.update(ready, work=work, finish=True, result=result)
             except ContractError as failure:
                 await self._abandon(actor, work, failure)
                 raise
             if start:
-                await self.starter.start(actor, work, also=ready, result=result)
+                await self.starter.start(actor, work, also=ready, result=result, policy=policy)
         elif start:
             await self.starter.start(actor, work, result=result)
         return result
 
     async def _prepare(
         self, actor: ContainerActor, work: Work, record: ContainerRecord
-    ) -> Callable[[ContainerRecord], ContainerRecord]:
-        """Everything a create makes. Gives the change of the record that tells of it."""
+    ) -> tuple[SandboxPolicy, Callable[[ContainerRecord], ContainerRecord]]:
+        """Everything a create makes. Gives the sandbox, and the change of the record that tells of it."""
         services, spec, cid = self._services, record.spec, actor.cid
         lacking = unsupported_fields(spec, services.features)
         if lacking:
@@ -162,14 +163,13 @@ class ContainerOperations:
         dirs = services.data.container(cid)
         port = await services.launcher.reserve_port(cid)
         policy = services.make_policy(spec, cid, record.status.instance, port)
-        await services.in_thread(services.sweep_container, cid)
-        await services.in_thread(dirs.make)
+        await services.in_thread(services.new_container, dirs, cid)
         # Not cut off in the middle: a thread that still writes would outlive the tree's removal.
         await services.images.clone(image.digest, dirs.rootfs)
         work.refuse_if_overtaken()
         await services.in_thread(services.write_container_files, dirs, record, policy)
         work.refuse_if_overtaken()
-        return lambda r: msgspec.structs.replace(
+        return policy, lambda r: msgspec.structs.replace(
             r.with_status(
                 message="ready",
                 port=port,

@@ -18,6 +18,7 @@ from worker.config import Config
 from worker.datadir import ContainerDirs, DataDir
 from worker.entrypoint import runnable
 from worker.errors import CreateFailed, PolicyDenied, PullFailed, ResourceExhausted, Unsupported
+from worker.host_api import HostApi
 from worker.ids import new_ulid
 from worker.images.model import ImageConfig, oci_platform
 from worker.images.store import ImageStore
@@ -55,6 +56,7 @@ class Services:
     launcher: Launcher
     host: HostFacts
     secrets: SecretFiles
+    host_api: HostApi
     boot_id: str
     features: frozenset[str]
     slots: int
@@ -170,6 +172,11 @@ class Services:
             _write(dirs.state / name, text)
         except OSError as failure:
             raise CreateFailed(f"{failure.filename or dirs.root}: {failure.strerror}") from failure
+
+    def new_container(self, dirs: ContainerDirs, cid: str) -> None:
+        """Make a container's directories, in the place of any that are there."""
+        self.sweep_container(cid)
+        dirs.make()
 
     def sweep_container(self, cid: str) -> None:
         """Delete a container's directory, or a stale one of that name. The name is free at once."""

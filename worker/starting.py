@@ -2,7 +2,7 @@
 
 import asyncio
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import msgspec
@@ -61,7 +61,9 @@ class Starter:
         *,
         also: Callable[[ContainerRecord], ContainerRecord] = lambda r: r,
         result: dict[str, Any] | None = None,
+        policy: SandboxPolicy | None = None,
     ) -> None:
+        """`policy` is the sandbox when it was made by this very command, else it is made of what holds now."""
         if actor.state is State.STOPPING:
             await actor.wait_for(lambda: actor.state not in LIVE)
         if self.was_started(actor, work):
@@ -80,7 +82,7 @@ class Starter:
         assert record is not None
         run = record.status.run
         try:
-            await self._launch(actor, work, record, result)
+            await self._launch(actor, work, record, result, policy)
         except ContractError as failure:
             error = failure
             if work.overtaken_by is None:
@@ -106,11 +108,18 @@ class Starter:
         return True
 
     async def _launch(
-        self, actor: ContainerActor, work: Work, record: ContainerRecord, result: dict[str, Any] | None
+        self,
+        actor: ContainerActor,
+        work: Work,
+        record: ContainerRecord,
+        result: dict[str, Any] | None,
+        policy: SandboxPolicy | None,
     ) -> None:
         services, status = self._services, record.status
-        policy = services.policy_of(record)
-        request = self.start_request(record, policy)
+        if policy is None:
+            policy = services.policy_of(record)
+        told = services.host_api.begin(status, services.data.container(actor.cid))
+        request = self.start_request(record, policy, told)
         scratch = [volume for volume in policy.volumes if volume.kind == "tmpfs"]
         if scratch:
             await services.in_thread(empty_tmpfs, scratch)
@@ -180,8 +189,13 @@ class Starter:
             ),
         )
 
-    def start_request(self, record: ContainerRecord, policy: SandboxPolicy) -> StartRequest:
-        """What the launcher needs for a run of this container under `policy`."""
+    def start_request(
+        self, record: ContainerRecord, policy: SandboxPolicy, told: Mapping[str, str] | None = None
+    ) -> StartRequest:
+        """What the launcher needs for a run of this container under `policy`.
+
+        `told` are the variables of the host API that this run began with; without them it gets new ones.
+        """
         services, status, spec = self._services, record.status, record.spec
         plan = services.plan(policy)
         dirs = services.data.container(status.container)
@@ -197,6 +211,7 @@ class Starter:
             image=image,
             secrets=services.secrets,
             default_path=services.driver.default_path(),
+            host_api=services.host_api.variables(status, dirs) if told is None else told,
         )
         command = resolve_command(
             spec,

@@ -225,12 +225,15 @@ def test_the_system_is_looked_at_again_when_a_folder_changed(
     monkeypatch.setattr(system, "_known", {})
     monkeypatch.setattr(system, "SYSTEM", (system.SystemPath(f"{tmp_path}/conf*", "r", "settings"),))
     (tmp_path / "conf-1").touch(0o644)
+    monkeypatch.setattr(system, "_GOOD_FOR_S", 60.0)
     first = system.system()
     assert system.system() is first
     assert not first.stale()
     os.utime(tmp_path, ns=(1, 1))
     assert first.stale()
     (tmp_path / "conf-2").touch(0o644)
+    assert system.system() is first  # a look is good for a moment
+    monkeypatch.setattr(system, "_GOOD_FOR_S", 0.0)
     assert len(system.system().rules) == 2
 
 

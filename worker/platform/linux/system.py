@@ -13,6 +13,7 @@ Nothing here is writable but the harmless devices. What is left out, and why:
 import glob
 import os
 import stat
+import time
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -138,7 +139,10 @@ class System(NamedTuple):
         return self.stamps != _stamps(self.folders)
 
 
-_known: dict[tuple[str, ...], System] = {}
+# How long a look is good for: in a burst of starts, each would ask forty folders for their times.
+_GOOD_FOR_S = 0.25
+
+_known: dict[tuple[str, ...], tuple[float, System]] = {}
 
 
 def system(groups: Iterable[str] = ()) -> System:
@@ -147,10 +151,28 @@ def system(groups: Iterable[str] = ()) -> System:
     `groups` are names of `groups.GROUPS`. Looked up anew only when a folder has changed.
     """
     wanted = tuple(sorted(set(groups) & _GROUP_PATHS.keys()))
-    known = _known.get(wanted)
+    now = time.monotonic()
+    looked, known = _known.get(wanted, (0.0, None))
+    if known is not None and now - looked < _GOOD_FOR_S:
+        return known
     if known is None or known.stale():
-        known = _known[wanted] = _look((*SYSTEM, *(path for group in wanted for path in _GROUP_PATHS[group])))
+        known = _look((*SYSTEM, *(path for group in wanted for path in _GROUP_PATHS[group])))
+    _known[wanted] = now, known
     return known
+
+
+def listed(groups: Iterable[str] = ()) -> tuple[SystemPath, ...]:
+    """The same as they stand above, patterns included: for a host that is not this one."""
+    return (
+        *SYSTEM,
+        *(path for group in sorted(set(groups) & _GROUP_PATHS.keys()) for path in _GROUP_PATHS[group]),
+    )
+
+
+def links() -> dict[str, str]:
+    """Those of the paths above that are links on this host, and where they lead (`/bin` to `/usr/bin`)."""
+    real = ((rule.path, os.path.realpath(rule.path)) for rule in SYSTEM if not glob.has_magic(rule.path))
+    return {path: target for path, target in real if target != path}
 
 
 def _look(wanted: Iterable[SystemPath]) -> System:
