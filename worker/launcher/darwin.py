@@ -1,9 +1,9 @@
-"""The macOS table of `worker.launcher.processes`, through libproc. Source: <libproc.h>, <sys/proc_info.h>,
-<sys/un.h>.
+"""The macOS table of `worker.launcher.processes`, through libproc and Seatbelt. Source: <sys/un.h>,
+<sys/ucred.h>, ptrace(2), and those of `worker.platform.darwin.libproc`.
 
-macOS has no subreaper, no parent-death signal and no process descriptor: orphans go to launchd, and a tree
-is what descends from the root or lives in one of its sessions. What leaves both is found by the worker
-(ARCHITECTURE.md, decision 10).
+macOS has no subreaper, no parent-death signal and no process descriptor: orphans go to launchd. A tree is
+what descends from the root, now or by the unique ids of its first parents, and whoever lives in its sandbox,
+which the marker shows (`worker.platform.darwin.tree`). Processes are named by pid and unique id.
 """
 
 import ctypes
@@ -12,40 +12,33 @@ import resource
 import socket
 import struct
 from collections.abc import Collection
-from typing import Any
 
 from worker.launcher.processes import Process
+from worker.platform.darwin.libproc import SSTOP, Entry, LibProc
+from worker.platform.darwin.libsystem import declare, load
+from worker.platform.darwin.seatbelt import Seatbelt
+from worker.platform.darwin.tree import belonging
 
-_PROC_ALL_PIDS, _PROC_UID_ONLY = 1, 4
-_PROC_PIDTBSDINFO = 3
-_SZOMB, _SSTOP = 5, 4  # pbi_status, <sys/proc.h>
 _SOL_LOCAL, _LOCAL_PEERCRED, _LOCAL_PEERPID = 0, 0x001, 0x002
+_XUCRED = struct.Struct("=IIh2x16I")  # version, uid, number of groups, groups
 _PT_DENY_ATTACH = 31
 _OPEN_MAX = 10240
 
-# struct proc_bsdinfo: twelve u32, comm[16], name[32], five u32 and an i32, two u64.
-_BSDINFO = struct.Struct("=12I16s32s5Ii2Q")
-
 
 class DarwinSystem:
+    """`library` stands for libSystem, which is found unless given."""
+
     exact = False
     rss_unit = 1
 
-    def __init__(self, library: Any = None) -> None:
-        if library is None:
-            library = ctypes.CDLL("/usr/lib/libSystem.B.dylib", use_errno=True)
-        self._proc_pidinfo = library.proc_pidinfo
-        self._proc_pidinfo.argtypes = [
-            ctypes.c_int,
-            ctypes.c_int,
-            ctypes.c_uint64,
-            ctypes.c_void_p,
-            ctypes.c_int,
-        ]
-        self._proc_listpids = library.proc_listpids
-        self._proc_listpids.argtypes = [ctypes.c_uint32, ctypes.c_uint32, ctypes.c_void_p, ctypes.c_int]
-        self._ptrace = library.ptrace
-        self._ptrace.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_int]
+    def __init__(self, library: ctypes.CDLL | None = None) -> None:
+        used = load() if library is None else library
+        self._proc = LibProc(used)
+        self._seatbelt = Seatbelt(used)
+        c_int = ctypes.c_int
+        self._ptrace = declare(used, "ptrace", c_int, c_int, c_int, ctypes.c_void_p, c_int)
+        # What was once found below a root, while anything of it is left: it names its children for good.
+        self._lineages: dict[tuple[int, str], set[int]] = {}
 
     def adopt_orphans(self) -> None:
         """Not possible here; `exact` is false."""
@@ -56,6 +49,9 @@ class DarwinSystem:
     def follow_parent(self, signum: int) -> None:
         """Not possible here; the end of the shim's socket tells it."""
 
+    def offer_to_oom(self, pid: int = 0) -> None:
+        """Memory pressure ends whoever has outgrown his jetsam limit; ours have none."""
+
     def hide_memory(self) -> None:
         self._ptrace(_PT_DENY_ATTACH, 0, None, 0)
 
@@ -65,64 +61,48 @@ class DarwinSystem:
     def close_descriptors(self, keep: Collection[int]) -> None:
         first = 0
         for fd in sorted(keep):
-            os.closerange(first, fd)
+            if fd > first:  # an empty range may be taken for one without end
+                os.closerange(first, fd)
             first = fd + 1
         highest = max((int(name) for name in os.listdir("/dev/fd")), default=first)
         os.closerange(first, highest + 1)
 
     def find(self, pid: int) -> Process | None:
-        buffer = ctypes.create_string_buffer(_BSDINFO.size)
-        size = self._proc_pidinfo(pid, _PROC_PIDTBSDINFO, 0, buffer, _BSDINFO.size)
-        if size != _BSDINFO.size:
-            return None
-        fields = _BSDINFO.unpack(buffer.raw)
-        try:
-            session = os.getsid(pid)
-        except (ProcessLookupError, PermissionError):
-            session = 0
-        return Process(
-            pid=pid,
-            ppid=fields[4],
-            session=session,
-            start=fields[20] * 1_000_000 + fields[21],
-            alive=fields[1] != _SZOMB,
-            stopped=fields[1] == _SSTOP,
-        )
+        entry = self._proc.entry(pid)
+        return None if entry is None else _process(entry)
 
     def ended(self, pid: int) -> bool:
         process = self.find(pid)
         return process is not None and not process.alive
 
-    def members(self, root: int, sessions: Collection[int], spare: Collection[int]) -> list[Process]:
-        below: dict[int, list[Process]] = {}
-        members: dict[int, Process] = {}
-        for pid in self._pids_of_user():
-            process = self.find(pid)
-            if process is not None and pid != root and pid not in spare:
-                below.setdefault(process.ppid, []).append(process)
-                if process.session in sessions:
-                    members[pid] = process
-        waiting = [root, *members]
-        seen = {*waiting}
-        while waiting:
-            for process in below.get(waiting.pop(), ()):
-                if process.pid not in seen:
-                    seen.add(process.pid)
-                    members[process.pid] = process
-                    waiting.append(process.pid)
-        return list(members.values())
+    def outgrew_limit(self, pid: int) -> bool:
+        return self._proc.outgrew_limit(pid)
 
-    def _pids_of_user(self) -> list[int]:
-        # Root's containers may run as other users.
-        which = (_PROC_UID_ONLY, os.getuid()) if os.getuid() else (_PROC_ALL_PIDS, 0)
-        room = self._proc_listpids(*which, None, 0) // 4 + 64
-        buffer = (ctypes.c_int * room)()
-        size = self._proc_listpids(*which, buffer, ctypes.sizeof(buffer))
-        return [pid for pid in buffer[: max(size, 0) // 4] if pid > 0]
+    def members(
+        self, root: int, sessions: Collection[int], spare: Collection[int], marker: str = ""
+    ) -> list[Process]:
+        """With a marker, sessions do not count: their numbers are used again, unique ids are not."""
+
+        def is_ours(entry: Entry) -> bool:
+            if marker:
+                return self._seatbelt.holds_marker(entry.pid, marker)
+            return bool(sessions) and _session(entry.pid) in sessions
+
+        lineage = self._lineages.pop((root, marker), set())
+        found = belonging(
+            self._proc.entries(),
+            top=self._proc.entry(root) if root else None,
+            is_ours=is_ours,
+            lineage=lineage,
+            spare=spare,
+        )
+        if found:
+            self._lineages[root, marker] = lineage | {entry.unique for entry in found}
+        return [_process(entry) for entry in found]
 
     def signal(self, process: Process, signum: int) -> bool:
-        now = self.find(process.pid)
-        if now is None or now.start != process.start:
+        now = self._proc.entry(process.pid)
+        if now is None or now.unique != process.start:
             return False
         try:
             os.kill(process.pid, signum)
@@ -132,9 +112,7 @@ class DarwinSystem:
 
     def peer(self, sock: socket.socket) -> tuple[int, int]:
         (pid,) = struct.unpack("=i", sock.getsockopt(_SOL_LOCAL, _LOCAL_PEERPID, 4))
-        # struct xucred: u32 version, uid, i16 count, groups.
-        credentials = sock.getsockopt(_SOL_LOCAL, _LOCAL_PEERCRED, 76)
-        (_, uid) = struct.unpack_from("=II", credentials)
+        _, uid, *_ = _XUCRED.unpack(sock.getsockopt(_SOL_LOCAL, _LOCAL_PEERCRED, _XUCRED.size))
         return pid, uid
 
     def cpu_limit_s(self, pid: int) -> int | None:
@@ -148,3 +126,22 @@ class DarwinSystem:
     def descriptor_limit(self) -> int:
         # OPEN_MAX bounds what setrlimit accepts, whatever the hard limit says.
         return min(resource.getrlimit(resource.RLIMIT_NOFILE)[1], _OPEN_MAX)
+
+
+def _process(entry: Entry) -> Process:
+    return Process(
+        pid=entry.pid,
+        ppid=entry.ppid,
+        session=_session(entry.pid),
+        start=entry.unique,
+        alive=entry.alive,
+        stopped=entry.status == SSTOP,
+    )
+
+
+def _session(pid: int) -> int:
+    """0 for one that is gone or another user's."""
+    try:
+        return os.getsid(pid)
+    except (ProcessLookupError, PermissionError):
+        return 0

@@ -15,6 +15,8 @@ from worker.platform.descent import OPEN_DIRECTORY, open_directory
 from worker.platform.treecopy import TreeCopy, measure
 from worker.platform.xattrs import DarwinXattrs
 
+from .libsystem import declare
+
 _CLONE_NOFOLLOW = 0x0001
 _CLONE_NOOWNERCOPY = 0x0002
 _COPYFILE_DATA = 1 << 3
@@ -30,9 +32,8 @@ class CopyFile:
     method = "copy"
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self._fcopyfile = library.fcopyfile
-        self._fcopyfile.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_uint32]
-        self._fcopyfile.restype = ctypes.c_int
+        c_int = ctypes.c_int
+        self._fcopyfile = declare(library, "fcopyfile", c_int, c_int, c_int, ctypes.c_void_p, ctypes.c_uint32)
 
     def copy(self, source: int, target: int, size: int) -> None:
         if self._fcopyfile(source, target, None, _COPYFILE_DATA) != 0:
@@ -44,15 +45,10 @@ class CopyFile:
 class DarwinCloner:
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
-        self._clonefileat = library.clonefileat
-        self._clonefileat.argtypes = [
-            ctypes.c_int,
-            ctypes.c_char_p,
-            ctypes.c_int,
-            ctypes.c_char_p,
-            ctypes.c_uint32,
-        ]
-        self._clonefileat.restype = ctypes.c_int
+        c_int, c_char_p = ctypes.c_int, ctypes.c_char_p
+        self._clonefileat = declare(
+            library, "clonefileat", c_int, c_int, c_char_p, c_int, c_char_p, ctypes.c_uint32
+        )
 
     def clone_tree(self, src: Path, dst: Path, *, stop: Callable[[], bool] | None = None) -> CloneReport:
         """Copy `src`, a canonical path, to `dst`, which must not exist.

@@ -1,19 +1,23 @@
 """Carries out a plan made by the macOS driver. Standard library only.
 
 A plan is data: `{"version": 1, "platform": "darwin", "limits": [[name, soft, hard, cap], …], "profile":
-text, "params": [key, value, …]}`. `prepare` converts it before the fork; `apply` sets the limits and then
-enters the sandbox, in the child, for good. The sandbox is inherited over fork and exec and cannot be left.
-
-Sources: sandbox_init(3); WebKit's SandboxSPI.h and Chromium's seatbelt.cc for `sandbox_init_with_parameters`.
+text, "params": [key, value, …], "marker": path, "memory_mib": number or null}`. `prepare` converts it before
+the fork; `apply` sets the limits and then enters the sandbox, in the child, for good; `become` replaces the
+child by the program. The sandbox is inherited over fork and exec and cannot be left; the marker is for those
+who look for the container's processes (`tree`); the memory limit is the program's own (`jetsam`).
 """
 
-import ctypes
+import contextlib
 import os
 import resource
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from . import jetsam
+from .libsystem import LIBSYSTEM, load
+from .seatbelt import SandboxEntry, SandboxRefused, parameters
+
 PLAN_VERSION = 1
-LIBSYSTEM = "/usr/lib/libSystem.B.dylib"
 
 # setrlimit(2) of macOS refuses more descriptors than OPEN_MAX, infinity included.
 _OPEN_MAX = 10240
@@ -30,12 +34,9 @@ class EnforceError(Exception):
 
 
 class Prepared(NamedTuple):
-    """Everything that the child needs, converted.
+    """Everything that the child needs, converted: it allocates as little as it can."""
 
-    It allocates as little as it can. Holds what `params` points to.
-    """
-
-    library: ctypes.CDLL
+    entry: SandboxEntry
     profile: bytes
     params: Any
 
@@ -43,58 +44,60 @@ class Prepared(NamedTuple):
         """Nothing to give back; the loaded library stays."""
 
 
-def prepare(plan: dict[str, Any], library: str = LIBSYSTEM) -> Prepared:
-    """Serves every process that is started under the plan."""
-    if plan.get("version") != PLAN_VERSION:
-        raise EnforceError("plan", 0, f"version {plan.get('version')} is not one that this launcher knows")
-    try:
-        loaded = ctypes.CDLL(library, use_errno=True)
-        declare(loaded)
-    except (OSError, AttributeError) as error:
-        raise EnforceError("sandbox", 0, f"{library} cannot be used: {error}") from error
-    strings = [os.fsencode(text) for text in plan["params"]]
-    profile = os.fsencode(plan["profile"])
-    if len(strings) % 2 or any(b"\0" in text for text in (profile, *strings)):
-        raise EnforceError("plan", 0, "parameters are no pairs, or a text holds a NUL")
-    array = (ctypes.c_char_p * (len(strings) + 1))(*strings, None)
-    return Prepared(loaded, profile, array)
+class Enforcer:
+    """The enforcement through one libSystem: what the launcher calls, by these names."""
+
+    def __init__(self, library: str = LIBSYSTEM) -> None:
+        self._path = library
+
+    def prepare(self, plan: Mapping[str, Any]) -> Prepared:
+        """Serves every process that is started under the plan."""
+        if plan.get("version") != PLAN_VERSION:
+            raise EnforceError(
+                "plan", 0, f"version {plan.get('version')} is not one that this launcher knows"
+            )
+        try:
+            entry = SandboxEntry(load(self._path))
+        except OSError as error:
+            raise EnforceError(
+                "sandbox", error.errno or 0, f"{self._path} cannot be used: {error}"
+            ) from error
+        profile = os.fsencode(plan["profile"])
+        if b"\0" in profile:
+            raise EnforceError("plan", 0, "the profile holds a NUL")
+        try:
+            params = parameters(plan["params"])
+        except ValueError as error:
+            raise EnforceError("plan", 0, str(error)) from error
+        return Prepared(entry, profile, params)
+
+    def apply(self, plan: Mapping[str, Any], prepared: Prepared | None = None) -> None:
+        """Confine this process for good. To be called between fork and exec, by a process of one thread."""
+        ready = self.prepare(plan) if prepared is None else prepared
+        for name, soft, hard, cap in plan["limits"]:
+            _set_limit(name, soft, hard, cap)
+        try:
+            ready.entry.enter(ready.profile, ready.params)
+        except SandboxRefused as refusal:
+            raise EnforceError("sandbox", refusal.errno, refusal.message) from refusal
+
+    def become(
+        self, plan: Mapping[str, Any], program: str, argv: Sequence[str], env: Mapping[str, str]
+    ) -> None:
+        """Be the program, with its memory limit; comes back only with an OSError.
+
+        The limit is one more than what is promised (the watchdog measures the whole tree), so a system that
+        does not grant it gets the program all the same.
+        """
+        mebibytes = plan.get("memory_mib")
+        if mebibytes is not None:
+            with contextlib.suppress(OSError):  # told by the exec that follows, or of no importance
+                jetsam.become(jetsam.prepare(load(self._path)), program, argv, env, mebibytes)
+        os.execve(program, list(argv), dict(env))
 
 
-def declare(library: ctypes.CDLL) -> None:
-    """Say what the two functions take; without it a pointer would be cut to an int."""
-    library.sandbox_init_with_parameters.argtypes = [
-        ctypes.c_char_p,
-        ctypes.c_uint64,
-        ctypes.POINTER(ctypes.c_char_p),
-        # Not c_char_p: the very pointer has to be given back to be freed.
-        ctypes.POINTER(ctypes.c_void_p),
-    ]
-    library.sandbox_init_with_parameters.restype = ctypes.c_int
-    library.sandbox_free_error.argtypes = [ctypes.c_void_p]
-    library.sandbox_free_error.restype = None
-
-
-def apply(plan: dict[str, Any], prepared: Prepared | None = None) -> None:
-    """Confine this process for good. To be called between fork and exec, by a process of one thread."""
-    ready = prepare(plan) if prepared is None else prepared
-    for name, soft, hard, cap in plan["limits"]:
-        _set_limit(name, soft, hard, cap)
-    enter(ready)
-
-
-def enter(ready: Prepared) -> None:
-    """Apply the profile. Flags 0: the text itself, not the name of a profile of Apple's."""
-    message = ctypes.c_void_p()
-    ctypes.set_errno(0)
-    result = ready.library.sandbox_init_with_parameters(ready.profile, 0, ready.params, ctypes.byref(message))
-    if result == 0:
-        return
-    number = ctypes.get_errno()
-    detail = "the profile was refused"
-    if message.value:
-        detail = os.fsdecode(ctypes.string_at(message.value))
-        ready.library.sandbox_free_error(message)
-    raise EnforceError("sandbox", number, detail)
+_system = Enforcer()
+prepare, apply, become = _system.prepare, _system.apply, _system.become
 
 
 def _set_limit(name: str, soft: int, hard: int, cap: bool) -> None:
