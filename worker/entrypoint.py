@@ -5,6 +5,9 @@ the sandbox lets it run (on a Mac, platform binaries must run from their own pla
 path in the rootfs. A bare name is looked up in the spec's PATH in the same manner, entry by entry; a
 relative entry is one below the rootfs. A name with a slash that is not absolute is relative to the working
 directory.
+
+Under isolation `rootfs` every path is one inside the container's root: the volumes', the image's, and where
+neither has anything, what the sandbox shows of the host.
 """
 
 import errno
@@ -22,16 +25,18 @@ from worker.platform.base import SandboxPolicy, VolumeMount
 from worker.rootpath import locate
 from worker.variables import build_env
 
-__all__ = ["ResolvedCommand", "build_env", "resolve_command", "runnable"]
+__all__ = ["ResolvedCommand", "build_env", "resolve_command", "runnable", "shown"]
 
 SHELLS = ("/bin/sh", "/bin/bash", "/usr/bin/sh")
 
 _WORKDIR = "spec.command.workdir"
+_SHOWN = ("sandbox.read", "sandbox.write", "device")
 _PATH_ERRORS = (OSError, ValueError)
 
 
 class ResolvedCommand(msgspec.Struct, frozen=True):
-    """`program` is the file to execute, free of links where it is the rootfs's; `cwd` is a host path.
+    """`program` is the file to execute, free of links where it is the rootfs's; `cwd` is a host path. Both are
+    paths inside the root where the container has one of its own.
 
     `argv[0]` is the path at which the program was found: programs of many names and interpreters that look
     for their library beside themselves both read it.
@@ -60,6 +65,17 @@ def runnable(policy: SandboxPolicy, search_dirs: Iterable[str]) -> Callable[[str
     return lambda path: below(path, folders) and not below(path, denied)
 
 
+def shown(policy: SandboxPolicy, search_dirs: Iterable[str]) -> Callable[[str], bool]:
+    """Whether a host file appears at its own path in a container with a root of its own."""
+    folders = (*search_dirs, *(rule.path for rule in policy.paths if rule.origin in _SHOWN))
+
+    def appears(path: str) -> bool:
+        real = os.path.realpath(path)
+        return any(real == folder or real.startswith(folder.rstrip("/") + "/") for folder in folders)
+
+    return appears
+
+
 def resolve_command(
     spec: ServiceSpec,
     image: ImageConfig,
@@ -68,8 +84,12 @@ def resolve_command(
     *,
     volumes: Sequence[VolumeMount] = (),
     may_run: Callable[[str], bool] = lambda path: True,
+    rooted: bool = False,
 ) -> ResolvedCommand:
     """entrypoint and args of the spec; its args alone; the image's own; else a shell.
+
+    `may_run` tells of a host file whether the sandbox lets it run; when `rooted`, of a path whether the host's
+    file appears there inside the root, where neither the image nor a volume has one.
 
     InvalidSpec for a working directory that the spec names and the image has not; StartFailed, naming the
     program and where it was looked for, when it is missing or cannot be executed.
@@ -78,13 +98,19 @@ def resolve_command(
     if "\0" in "".join(words):
         raise InvalidSpec("an argument cannot hold a NUL", field=field)
     workdir = spec.command.workdir or image.working_dir or "/"
-    cwd = _working_directory(workdir, spec, rootfs, volumes)
-    finder = _Finder(rootfs, volumes, workdir, may_run)
+    if rooted:
+        cwd = os.path.normpath(f"/{workdir}").replace("//", "/")
+        if not may_run(cwd):
+            _working_directory(cwd, spec, rootfs, volumes)
+        finder: _Finder = _RootedFinder(rootfs, volumes, cwd, may_run)
+    else:
+        cwd = str(_working_directory(workdir, spec, rootfs, volumes))
+        finder = _Finder(rootfs, volumes, workdir, may_run)
     if not words:
         program, name = finder.shell()
-        return ResolvedCommand(program, [name], str(cwd))
+        return ResolvedCommand(program, [name], cwd)
     program, name = finder.find(words[0], env_path, field)
-    return ResolvedCommand(program, [name, *words[1:]], str(cwd))
+    return ResolvedCommand(program, [name, *words[1:]], cwd)
 
 
 def _words(spec: ServiceSpec, image: ImageConfig) -> tuple[list[str], str | None]:
@@ -193,6 +219,25 @@ class _Finder:
 
     def _failed(self, name: str, reason: str, field: str | None) -> ContractError:
         return StartFailed(f"the program {name!r} cannot be run: {reason}", field=field)
+
+
+class _RootedFinder(_Finder):
+    """The same inside a root: a path is the image's or a volume's, else the host's where that appears."""
+
+    def _candidates(self, name: str, env_path: str) -> Iterable[tuple[str, str] | None]:
+        if "/" in name:
+            places = [os.path.join(self._workdir, name)]
+        else:
+            places = [os.path.join(self._workdir, entry, name) for entry in env_path.split(":")]
+        for place in places:
+            yield self._inside(place)
+            yield self._host(place)
+
+    def _inside(self, path: str) -> tuple[str, str] | None:
+        return (path, path) if super()._inside(path) is not None else None
+
+    def _host(self, path: str) -> tuple[str, str] | None:
+        return (path, path) if self._may_run(path) and self._executable(path, path) else None
 
 
 def _reason(failure: OSError | ValueError) -> str:

@@ -1,4 +1,5 @@
-"""Where volumes appear without a mount namespace: a link in the rootfs, at the target, to a folder of the host.
+"""The folders behind volumes, and where they appear without a mount namespace: a link in the rootfs, at the
+target, to the folder on the host.
 
 Called while nothing of the container runs, on a rootfs that an image filled: every link in it is somebody
 else's, so each step is resolved inside the root.
@@ -31,14 +32,20 @@ def mount_volumes(volumes: Iterable[VolumeMount], rootfs: Path) -> None:
                 field="spec.storage",
             )
         placed.append(volume.target)
-        if volume.kind in OWN_KINDS:
-            _make_source(volume)
+        make_sources((volume,))
         try:
             _link(volume, rootfs)
         except OSError as failure:
             raise CreateFailed(
                 f"the volume target {volume.target} cannot be made: {failure.strerror}", field="spec.storage"
             ) from failure
+
+
+def make_sources(volumes: Iterable[VolumeMount]) -> None:
+    """Make the folders that are ours to make. CreateFailed."""
+    for volume in volumes:
+        if volume.kind in OWN_KINDS:
+            _make_source(volume)
 
 
 def empty_tmpfs(volumes: Iterable[VolumeMount]) -> None:

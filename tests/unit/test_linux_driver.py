@@ -16,8 +16,14 @@ from worker.platform.base import Driver, Limits, NetworkPolicy, PathRule, Sandbo
 from worker.platform.linux import enforce, seccomp, system
 from worker.platform.linux.driver import LinuxDriver
 
-NEW = LinuxDriver(abi=7, filter=True, root=False)
-BARE = LinuxDriver(abi=0, filter=False, root=False)
+
+def made(**given: Any) -> LinuxDriver:
+    """A driver of another machine; without control groups and isolation `rootfs` unless given."""
+    return LinuxDriver(**{"rooted": False, "controllers": (), **given})
+
+
+NEW = made(abi=7, filter=True, root=False)
+BARE = made(abi=0, filter=False, root=False)
 
 
 def policy(**changes: Any) -> SandboxPolicy:
@@ -69,7 +75,7 @@ def test_capabilities_are_those_of_the_contract() -> None:
     ],
 )
 def test_what_older_kernels_lack_is_told(abi: int, has_filter: bool, sandbox: str, levels: list[str]) -> None:
-    found = LinuxDriver(abi=abi, filter=has_filter).capabilities()
+    found = made(abi=abi, filter=has_filter).capabilities()
     assert found.sandbox == sandbox
     assert found.network == levels
 
@@ -77,8 +83,8 @@ def test_what_older_kernels_lack_is_told(abi: int, has_filter: bool, sandbox: st
 @pytest.mark.parametrize("abi", range(8))
 @pytest.mark.parametrize("has_filter", [True, False])
 def test_each_gap_is_told_once_with_a_reason(abi: int, has_filter: bool) -> None:
-    made = LinuxDriver(abi=abi, filter=has_filter)
-    told = made.capabilities().not_enforced
+    other = made(abi=abi, filter=has_filter)
+    told = other.capabilities().not_enforced
     assert len({gap.feature for gap in told}) == len(told)
     assert all(gap.reason and gap.isolation == "process" for gap in told)
     # Whatever falls short for some policy, the node says beforehand.
@@ -86,7 +92,67 @@ def test_each_gap_is_told_once_with_a_reason(abi: int, has_filter: bool) -> None
         some = policy(
             network=network(Network(level), unix_sockets=("/run/s",)), groups=("ipc", "shm", "proc")
         )
-        assert {gap.feature for gap in made.not_enforced(some)} <= {gap.feature for gap in told}
+        assert {gap.feature for gap in other.not_enforced(some)} <= {gap.feature for gap in told}
+
+
+@pytest.mark.parametrize("abi", range(8))
+@pytest.mark.parametrize("has_filter", [True, False])
+def test_a_root_of_its_own_ends_most_gaps(abi: int, has_filter: bool) -> None:
+    other = made(abi=abi, filter=has_filter, rooted=True)
+    assert other.capabilities().isolation == ["process", "rootfs"]
+    told = {gap.feature for gap in other.capabilities().not_enforced if gap.isolation == "rootfs"}
+    for level in ("none", "localhost", "outbound", "full"):
+        for sockets in ((), ("/run/s",)):
+            some = policy(
+                isolation="rootfs",
+                network=network(Network(level), unix_sockets=sockets),
+                groups=("ipc", "shm", "proc"),
+            )
+            gaps = other.not_enforced(some)
+            assert {gap.isolation for gap in gaps} == {"rootfs"}
+            assert {gap.feature for gap in gaps} <= told
+    closed = {gap.feature.value for gap in other.not_enforced(policy(isolation="rootfs"))}
+    assert closed == {"memory", "cpu", "pids", "volume_size"}
+
+
+def test_control_groups_end_the_gaps_of_limits() -> None:
+    other = made(abi=7, filter=True, controllers=("memory", "pids", "cpu"))
+    assert {"pids", "cpu"} <= set(other.capabilities().limits)
+    assert {"memory", "cpu", "pids"} & features(other) == set()
+    assert "cgroup" not in other.plan(policy())
+    limits = Limits(memory_bytes=1 << 20, pids=10)
+    assert other.plan(policy(limits=limits))["cgroup"] == {"memory": 1 << 20, "pids": 10}
+    assert "cgroup" not in NEW.plan(policy(limits=limits))
+
+
+def test_the_plan_of_a_root() -> None:
+    other = made(abi=7, filter=True, root=False, rooted=True)
+    volumes = (
+        VolumeMount(kind="named", source="/data/volumes/kept", target="/kept"),
+        VolumeMount(kind="bind", source="/srv/in", target="/in", readonly=True),
+        VolumeMount(kind="tmpfs", source="/x", target="/kept/fast", size_bytes=4096, mode=0o700),
+    )
+    plan = other.plan(
+        policy(isolation="rootfs", volumes=volumes, paths=(PathRule("/opt/tool", "rx", "sandbox.read"),))
+    )
+    assert json.loads(json.dumps(plan)) == plan
+    root = plan["root"]
+    assert root["user"] == [os.getuid(), os.getgid()]
+    assert root["net"] is True
+    assert root["path"] == policy().rootfs
+    mounts = root["mounts"]
+    assert ["bind", "/opt/tool", "/opt/tool", "ro"] in mounts
+    assert ["bind", "/in", "/srv/in", "ro"] in mounts
+    assert mounts.index(["bind", "/kept", "/data/volumes/kept", "rw"]) < mounts.index(
+        ["tmpfs", "/kept/fast", 4096, 0o700, "exec"]
+    )
+    assert dict(plan["steps"])["landlock"]["paths"] == [["/", "rwxsi"]]
+    text = other.describe(policy(isolation="rootfs", volumes=volumes)).text
+    assert "[namespaces]" in text
+    assert "bind /in /srv/in ro" in text
+    shared = other.plan(policy(isolation="rootfs", network=network(Network.FULL)))
+    assert shared["root"]["net"] is False
+    assert "root" not in NEW.plan(policy())
 
 
 def test_gaps_of_a_policy() -> None:
@@ -101,7 +167,7 @@ def test_gaps_of_a_policy() -> None:
     assert features(NEW, network=network(Network.OUTBOUND)) == always | {"network.outbound", "network.udp"}
     assert features(NEW, network=network(Network.NONE, unix_sockets=("/s",))) == always | {"unix_sockets"}
     assert features(NEW, groups=("shm",)) == always | {"ipc"}
-    assert {"signals"} == features(LinuxDriver(abi=5, filter=True)) - always
+    assert {"signals"} == features(made(abi=5, filter=True)) - always
     assert {
         "network.none",
         "network.udp",
@@ -126,7 +192,7 @@ def test_a_plan_is_json_and_its_steps_are_known() -> None:
         "landlock",
         "seccomp",
     ]
-    as_root = LinuxDriver(abi=7, filter=True, root=True).plan(policy())
+    as_root = made(abi=7, filter=True, root=True).plan(policy())
     assert [name for name, _ in as_root["steps"]][:3] == ["rlimits", "groups", "capabilities"]
     assert [name for name, _ in BARE.plan(policy())["steps"]] == [
         "rlimits",
@@ -157,7 +223,7 @@ def test_network_levels(level: Network, net: str, ports: list[list[Any]], inet: 
 
 
 def test_an_older_landlock_restricts_no_ports_and_the_filter_closes_truncate() -> None:
-    plan = steps(LinuxDriver(abi=2, filter=True).plan(policy(network=network(Network.LOCALHOST))))
+    plan = steps(made(abi=2, filter=True).plan(policy(network=network(Network.LOCALHOST))))
     assert plan["landlock"]["net"] == ""
     assert plan["seccomp"]["truncate"] is False
     assert steps(NEW.plan(policy()))["seccomp"]["truncate"] is True
@@ -267,9 +333,7 @@ def test_limits() -> None:
     assert ["nofile", 8, 9, False] in steps(NEW.plan(policy(limits=asked)))["rlimits"]
 
 
-@pytest.mark.parametrize(
-    "made", [NEW, LinuxDriver(abi=0, filter=True), LinuxDriver(abi=4, filter=False), BARE]
-)
+@pytest.mark.parametrize("made", [NEW, made(abi=0, filter=True), made(abi=4, filter=False), BARE])
 def test_a_profile_tells_every_step(made: LinuxDriver) -> None:
     asked = policy(
         network=network(Network.LOCALHOST, bind_ports=(8080,), connect_ports=(443,), denied_ports=(4222,)),

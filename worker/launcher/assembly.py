@@ -8,7 +8,7 @@ from typing import Any
 
 from worker.launcher.capture import Capture
 from worker.launcher.children import Children
-from worker.launcher.container import Container
+from worker.launcher.container import Container, remove_group
 from worker.launcher.control import Control
 from worker.launcher.identity import Log, Place
 from worker.launcher.launcher import Launcher
@@ -16,15 +16,16 @@ from worker.launcher.loop import Loop, Signals, handled_signals
 from worker.launcher.mux import make_mux
 from worker.launcher.nursery import Heritage
 from worker.launcher.ports import Ports
-from worker.launcher.processes import System, system
+from worker.launcher.processes import System
 from worker.launcher.program import Inherited
 from worker.launcher.protocol import BUILD, PROTOCOL_MAX, PROTOCOL_MIN
 from worker.launcher.reexec import Parts, Replacement
-from worker.launcher.run import Host
+from worker.launcher.run import Groups, Host
 from worker.launcher.sandbox import Sandboxes
 from worker.launcher.segments import OpenFiles
 from worker.launcher.spares import Spares
 from worker.launcher.state import restore_container
+from worker.launcher.timers import Timers
 
 _MIN_OPEN_STREAMS = 64
 
@@ -34,7 +35,8 @@ def assemble(
     listener: socket.socket,
     *,
     key_file: str,
-    unsandboxed: bool,
+    table: System,
+    sandboxes: Sandboxes,
     arguments: list[str],
     log: Log,
     before: dict[str, Any] | None = None,
@@ -43,14 +45,12 @@ def assemble(
     it.
     """
     signals = Signals()
-    table = system()
     table.hide_memory()
     table.adopt_orphans()
     table.heed_hidden_signals()
     table.name_process("main")
     facts = _first_facts() if before is None else before["facts"]
     most = _raise_descriptor_limit(table)
-    sandboxes = Sandboxes(allow_none=unsandboxed)
     try:
         sandboxes.load()
     except ImportError as failure:
@@ -72,6 +72,7 @@ def assemble(
         log=log,
         tell=control.tell,
         drop=lambda cid: containers.pop(cid, None),
+        groups=_open_groups(place, sandboxes, log),
     )
     heritage = Heritage(
         launcher=os.getpid(),
@@ -82,6 +83,8 @@ def assemble(
     )
     if before is not None:
         _restore(before, host, heritage, containers)
+    if host.groups is not None:
+        _clear_leftovers(host.groups, {c.run.group for c in containers.values()}, loop.timers, log)
     spares = Spares(loop, children, heritage, log)
     replacement = Replacement(
         Parts(
@@ -104,10 +107,31 @@ def assemble(
         "pid": os.getpid(),
         "start_time": 0 if own is None else own.start,
         "started_at_us": facts["started_at_us"],
+        "cgroup": [] if host.groups is None else list(host.groups.controllers),
     }
     Launcher(host, control, signals, sandboxes, spares, containers, replacement, described, place.abandoned)
     place.describe({**described, "socket": place.socket, "protocol": [PROTOCOL_MIN, PROTOCOL_MAX]})
     return loop
+
+
+def _open_groups(place: Place, sandboxes: Sandboxes, log: Log) -> Groups | None:
+    """Named by the data directory, which no two launchers share."""
+    found = os.fstat(place.lock)
+    try:
+        groups: Groups | None = sandboxes.groups(f"sandfleet-{found.st_dev:x}-{found.st_ino:x}")
+    except OSError as failure:
+        log(f"no control groups: {failure}")
+        return None
+    return groups
+
+
+def _clear_leftovers(groups: Groups, known: set[str], timers: Timers, log: Log) -> None:
+    """Take away the control groups of runs whose launcher is gone, with whoever still lives there."""
+    for name in groups.names():
+        group = groups.find(name)
+        if name not in known and group is not None:
+            group.kill()
+            remove_group(group, timers, log)
 
 
 def _first_facts() -> dict[str, Any]:

@@ -25,6 +25,7 @@ class Children:
         self._strangers: dict[int, OnEnd] = {}
         self.shims: dict[int, None] = {}
         self._swept: list[Callable[[], None]] = []
+        self._lost: dict[str, None] = {}
         self._killer = TreeKiller(table, self._orphans, eager=False)
         self._sweeping = False
 
@@ -52,9 +53,13 @@ class Children:
     def forget(self, pid: int) -> None:
         self._strangers.pop(pid, None)
 
-    def sweep(self, then: Callable[[], None]) -> None:
-        """Kill orphans until none is left, then call `then`."""
+    def sweep(self, then: Callable[[], None], marker: str = "") -> None:
+        """Kill orphans, and whoever holds `marker` where they do not come to us, until none is left; then call
+        `then`.
+        """
         self._swept.append(then)
+        if marker and not self._table.exact:
+            self._lost[marker] = None
         if not self._sweeping:
             self._sweeping = True
             self._killer = TreeKiller(self._table, self._orphans, eager=False)
@@ -68,9 +73,13 @@ class Children:
             return
         self.reap()
         self._sweeping = False
+        self._lost.clear()
         swept, self._swept = self._swept, []
         for then in swept:
             then()
 
     def _orphans(self) -> list[Process]:
-        return self._table.members(os.getpid(), (), {*self._known, *self.shims})
+        orphans = self._table.members(os.getpid(), (), {*self._known, *self.shims})
+        for marker in self._lost:
+            orphans += self._table.members(0, (), (), marker)
+        return orphans

@@ -5,8 +5,10 @@ starting --started--> running --exited--> ended
 either --the shim died--> lost: what it left is killed, then ended
 """
 
+import errno
 import signal
 import time
+from collections.abc import Callable
 from typing import Any
 
 from worker.launcher.capture import StreamCapture
@@ -16,11 +18,13 @@ from worker.launcher.program import Command
 from worker.launcher.protocol import START_FAILED, STREAMS, Refused
 from worker.launcher.reaper import exit_code
 from worker.launcher.records import SIGNAL, is_cpu_limit, write_record
-from worker.launcher.run import Host, Identity, Phase, Reply, Run
+from worker.launcher.run import Group, Host, Identity, Phase, Reply, Run
 from worker.launcher.segments import SegmentWriter
 from worker.launcher.spares import Shim
+from worker.launcher.timers import Timers
 
 _RECORD_RETRY_S = 1.0
+_GROUP_RETRY_S = 0.05
 _SWEEP_AGAIN_S = 0.001
 
 
@@ -36,7 +40,7 @@ class Container:
         self.run = Run()
         self.streams: dict[str, StreamCapture] = {}
         self.execs: dict[int, ExecSession] = {}
-        self.ending = Ending(host, identity.cid, self.run, self.tell_shim, self._kill_shim)
+        self.ending = Ending(host, identity.cid, self.run, self.tell_shim, self._kill_shim, self._kill_group)
         self._early: list[dict[str, Any]] = []
         self._start_reply: Reply | None = None
         self.unwritten: list[str] | None = None  # streams whose end is not marked yet; None: all is on disk
@@ -58,14 +62,42 @@ class Container:
         The answer comes when the program is reached, or when a step on the way failed.
         """
         self._start_reply = reply
+        self.run.marker = str(plan.get("marker", ""))
+        try:
+            self._make_group(plan)
+        except OSError as failure:
+            self.host.children.shims.pop(shim.pid, None)
+            shim.close()
+            self._failed("cgroup", failure.errno or 0, failure.strerror or str(failure))
+            return
         self.host.ports.lend(self.cid)
         order, shim.order = shim.order, None
         if order is not None:
-            order.send_last({**command._asdict(), "plan": plan})
+            order.send_last({**command._asdict(), "plan": plan, **self.joins()})
         self.attach(shim)
         self.tell_shim({"t": "plan", "plan": plan})
         for message in self._early:
             self.tell_shim(message)
+
+    def _make_group(self, plan: dict[str, Any]) -> None:
+        """The run's control group, where the plan wants one. OSError."""
+        limits = plan.get("cgroup")
+        if limits is None:
+            return
+        if self.host.groups is None:
+            raise OSError(errno.EOPNOTSUPP, "this launcher may make no control groups")
+        name = f"{self.cid}.{self.identity.instance}.{self.identity.run}"
+        self.host.groups.make(name, limits)
+        self.run.group = name
+
+    @property
+    def group(self) -> Group | None:
+        return self.host.groups.find(self.run.group) if self.host.groups and self.run.group else None
+
+    def joins(self) -> dict[str, str]:
+        """The word of an order that makes a program join the control group."""
+        group = self.group
+        return {} if group is None else {"cgroup": group.procs}
 
     def not_started(self, step: str, failure: OSError, reply: Reply) -> None:
         """There is no shim to be had."""
@@ -95,6 +127,11 @@ class Container:
             return
         self.shim.channel.send(message, fds)
         self.shim.signal(signal.SIGCONT)  # something of the same user may have stopped it
+
+    def _kill_group(self) -> None:
+        group = self.group
+        if group is not None:
+            group.kill()
 
     def _kill_shim(self) -> None:
         if self.shim is not None:
@@ -139,6 +176,7 @@ class Container:
         self.phase = Phase.ENDED
         self._dismiss()
         self.dispose()
+        self._drop_group()
         self.host.ports.retake(self.cid)
         self.host.drop(self.cid)
         reply, self._start_reply = self._start_reply, None
@@ -157,10 +195,11 @@ class Container:
             self.phase = Phase.LOST
             self.host.children.shims.pop(self.run.shim_pid, None)
             self._kill_shim()
+            self._kill_group()
             self._sweep()
 
     def _sweep(self) -> None:
-        self.host.children.sweep(self._swept)
+        self.host.children.sweep(self._swept, self.run.marker)
 
     def _swept(self) -> None:
         if self.shim is not None and self.shim.alive:
@@ -182,6 +221,7 @@ class Container:
         for stream in self.streams.values():
             self.host.capture.drain(stream)
         self.run.record = self._record(code, at_us, lost=lost)
+        self._drop_group()
         self.resume_writing(list(STREAMS))
         self.host.ports.retake(self.cid)
         for session in self.execs.values():
@@ -202,6 +242,7 @@ class Container:
             "run": self.identity.run,
             "exit_code": code,
             "cpu_limit": cpu_limit,
+            "memory_limit": (bool(usage.get("outgrew")) or self._ran_out()) and not by_us,
             "killed_by_us": run.killed_by,
             "escalated": run.escalated,
             "started_at_us": run.started_at_us,
@@ -209,6 +250,17 @@ class Container:
             "lost": lost,
             "usage": {"cpu_usec": usage.get("cpu_usec", 0), "max_rss": usage.get("max_rss", 0)},
         }
+
+    def _ran_out(self) -> bool:
+        group = self.group
+        return group is not None and group.ran_out
+
+    def _drop_group(self) -> None:
+        group = self.group
+        self.run.group = ""
+        if group is not None:
+            group.kill()
+            remove_group(group, self.host.loop.timers, self.host.log)
 
     def resume_writing(self, unwritten: list[str] | None) -> None:
         """Write the ends of these streams and the record; again until the disk takes them."""
@@ -265,3 +317,12 @@ class Container:
             "exit": self.run.record,
             "ends": {name: writer.end for name, writer in self.writers.items()},
         }
+
+
+def remove_group(group: Group, timers: Timers, log: Callable[[str], None]) -> None:
+    """Take a control group away; again, while what was killed in it is still ending."""
+    try:
+        if not group.remove():
+            timers.after(_GROUP_RETRY_S, lambda: remove_group(group, timers, log))
+    except OSError as failure:
+        log(f"the control group of {group.procs} stays: {failure}")

@@ -16,7 +16,9 @@ _STEP_S = 0.01
 
 
 class Ending:
-    """Everything that is on its way to end one run. `send` reaches the shim, `kill_shim` ends it."""
+    """Everything that is on its way to end one run. `send` reaches the shim, `kill_shim` ends it, `kill_group`
+    at one stroke all that is in the run's control group, if it has one.
+    """
 
     def __init__(
         self,
@@ -25,11 +27,13 @@ class Ending:
         run: Run,
         send: Callable[[dict[str, Any]], None],
         kill_shim: Callable[[], None],
+        kill_group: Callable[[], None],
     ) -> None:
         self._host = host
         self._cid = cid
         self._run = run
         self._kill_shim = kill_shim
+        self._kill_group = kill_group
         self._send = send
         self._waiters: list[Reply] = []
         self._signals: dict[int, Reply] = {}
@@ -80,6 +84,7 @@ class Ending:
 
     def _kill(self) -> None:
         self._send({"t": "kill"})
+        self._kill_group()
         if self._watch is None:
             self.alive()
 
@@ -93,8 +98,8 @@ class Ending:
         """Kill the shim's tree from here, then the shim, so that what is left of it comes to us."""
         self._host.log(f"{self._cid}: the shim is silent; ending its tree")
         self._run.taken_over = True
-        table, shim = self._host.table, self._run.shim_pid
-        killer = TreeKiller(table, lambda: table.members(shim, (), ()), eager=False)
+        table, shim, marker = self._host.table, self._run.shim_pid, self._run.marker
+        killer = TreeKiller(table, lambda: table.members(shim, (), (), marker), eager=False)
         self._kill_step(killer)
 
     def _kill_step(self, killer: TreeKiller) -> None:

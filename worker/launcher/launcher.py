@@ -292,7 +292,9 @@ class Launcher:
                 detail=detail,
             ) from failure
         container.execs[number] = session
-        container.tell_shim({"t": "exec", "n": number, **command._asdict()}, session.passed)
+        container.tell_shim(
+            {"t": "exec", "n": number, **command._asdict(), **container.joins()}, session.passed
+        )
 
     def _op_ack_output(self, client: Client, message: Message, reply: ClientReply) -> None:
         container = self.containers.get(requests.text(message, "cid"))

@@ -22,6 +22,7 @@ _F_SETPIPE_SZ, _F_GETPIPE_SZ = 1031, 1032
 _P_PID, _WEXITED, _WNOWAIT = 1, 0x4, 0x1000000
 _MAX_FD = 0xFFFFFFFF
 _RT_SIGACTION = {"x86_64": 13, "aarch64": 134}
+_OOM_SCORE = b"300"
 _HIDDEN_SIGNALS = (32, 33)  # the C library keeps them for its threads
 
 # Names that only Linux has; looked up so that the file is checked for every platform.
@@ -55,6 +56,18 @@ class LinuxSystem:
     def follow_parent(self, signum: int) -> None:
         prctl(_PR_SET_PDEATHSIG, signum)
 
+    def offer_to_oom(self, pid: int = 0) -> None:
+        try:
+            fd = os.open(f"/proc/{pid or 'self'}/oom_score_adj", os.O_WRONLY | os.O_CLOEXEC)
+        except (PermissionError, FileNotFoundError):
+            return  # see the docstring; or it has ended
+        try:
+            os.write(fd, _OOM_SCORE)
+        except (PermissionError, ProcessLookupError):
+            return  # it is even easier to end already, or has ended
+        finally:
+            os.close(fd)
+
     def hide_memory(self) -> None:
         prctl(_PR_SET_DUMPABLE, 0)
 
@@ -81,7 +94,13 @@ class LinuxSystem:
     def ended(self, pid: int) -> bool:
         return _waitid(_P_PID, pid, _WEXITED | os.WNOHANG | _WNOWAIT) is not None
 
-    def members(self, root: int, sessions: Collection[int], spare: Collection[int]) -> list[Process]:
+    def outgrew_limit(self, pid: int) -> bool:
+        """The worker's watchdog sets the limits here, and tells."""
+        return False
+
+    def members(
+        self, root: int, sessions: Collection[int], spare: Collection[int], marker: str = ""
+    ) -> list[Process]:
         if not self._lists_children:
             return _members_by_scan(root, spare)
         members: list[Process] = []

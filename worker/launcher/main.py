@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from worker.launcher.assembly import assemble
 from worker.launcher.identity import EXIT_ALREADY_RUNNING, AlreadyRunning, Log, Place
 from worker.launcher.loop import Loop
+from worker.launcher.processes import System, system
 from worker.launcher.reexec import read_tables
 from worker.launcher.sandbox import Sandboxes
 from worker.launcher.state import STATE_VERSION, descriptors
@@ -21,6 +22,15 @@ USAGE = (
 )
 _FLAGS = ("--foreground", "--unsandboxed-for-tests")
 _VALUES = ("--data-dir", "--key-file", "--socket", "--resume")
+
+
+class Machine(NamedTuple):
+    """What the launcher knows processes by, and a platform's name with what carries out its plans (None: this
+    system's).
+    """
+
+    table: System
+    enforcement: tuple[str, Any] | None = None
 
 
 class Options(NamedTuple):
@@ -68,7 +78,8 @@ def parse(arguments: list[str]) -> Options:
     )
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str], machine: Machine | None = None) -> int:
+    """`machine` is this one unless a caller brings another."""
     if arguments[:1] == ["--self-test"]:
         return self_test(arguments[1:])
     try:
@@ -77,8 +88,9 @@ def main(arguments: list[str]) -> int:
         print(f"{failure}\n{USAGE}", file=sys.stderr)
         return EXIT_USAGE
     place = Place(options.data_dir, options.socket)
+    host = Machine(system()) if machine is None else machine
     if options.resume is not None:
-        return resume(options, place, options.resume)
+        return resume(options, place, host, options.resume)
     try:
         place.claim()
     except AlreadyRunning:
@@ -88,13 +100,13 @@ def main(arguments: list[str]) -> int:
         print(f"the launcher cannot use {place.data_dir}: {failure}", file=sys.stderr)
         return EXIT_FAILED
     if options.foreground:
-        return serve(options, place, 2)
+        return serve(options, place, host, 2)
     ready, told = os.pipe()
     if os.fork():
         os._exit(_await_ready(ready, told))  # nothing here needs to be put in order
     os.close(ready)
     os.setsid()
-    os._exit(serve(options, place, told))
+    os._exit(serve(options, place, host, told))
 
 
 def self_test(versions: list[str]) -> int:
@@ -116,13 +128,13 @@ def _await_ready(ready: int, told: int) -> int:
     return EXIT_FAILED
 
 
-def serve(options: Options, place: Place, told: int) -> int:
+def serve(options: Options, place: Place, host: Machine, told: int) -> int:
     """Be the launcher. `told` is where it says that it is ready, or why it cannot be."""
     try:
         _become_quiet(place, foreground=options.foreground)
         if not place.await_old_trees():
             _log(options)("processes of an earlier launcher are still alive; starting beside them")
-        loop = _assemble(options, place, place.listen(), None)
+        loop = _assemble(options, place, host, place.listen(), None)
     except OSError as failure:
         text = f"the launcher cannot start in {place.data_dir}: {failure}\n"
         os.write(told, text.encode(errors="replace"))
@@ -135,7 +147,7 @@ def serve(options: Options, place: Place, told: int) -> int:
     return 0
 
 
-def resume(options: Options, place: Place, tables: int) -> int:
+def resume(options: Options, place: Place, host: Machine, tables: int) -> int:
     """Be the launcher that this process was before its exec."""
     before = read_tables(tables)
     held = before["held"]
@@ -144,19 +156,22 @@ def resume(options: Options, place: Place, tables: int) -> int:
         os.set_inheritable(fd, False)
     os.umask(0o077)
     os.environ.clear()
-    loop = _assemble(options, place, socket.socket(fileno=held["listener"]), before)
+    loop = _assemble(options, place, host, socket.socket(fileno=held["listener"]), before)
     _log(options)("replaced by newer code")
     loop.run()
     place.leave()
     return 0
 
 
-def _assemble(options: Options, place: Place, listener: socket.socket, before: dict[str, Any] | None) -> Loop:
+def _assemble(
+    options: Options, place: Place, host: Machine, listener: socket.socket, before: dict[str, Any] | None
+) -> Loop:
     return assemble(
         place,
         listener,
         key_file=options.key_file,
-        unsandboxed=options.unsandboxed,
+        table=host.table,
+        sandboxes=Sandboxes(allow_none=options.unsandboxed, enforcement=host.enforcement),
         arguments=options.arguments,
         log=_log(options),
         before=before,

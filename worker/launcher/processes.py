@@ -2,8 +2,7 @@
 
 `system()` picks by `os.uname()`, once. Linux is exact: orphans come to the nearest subreaper, a parent's
 death is signalled, a process is named by a descriptor. macOS has none of the three; there a tree is what
-descends from the root or lives in one of its sessions, and the worker's own means (marker, unique ids) do
-the rest.
+descends from the root, now or by the unique ids of its first parents, and whoever lives in its sandbox.
 """
 
 import os
@@ -18,7 +17,7 @@ class Process(NamedTuple):
     """One process as the system shows it.
 
     `start` identifies it together with `pid`: clock ticks since boot on Linux (field 22 of /proc/<pid>/stat),
-    microseconds since 1970 on macOS.
+    the unique id on macOS.
     """
 
     pid: int
@@ -48,6 +47,12 @@ class System(Protocol):
     def follow_parent(self, signum: int) -> None:
         """Have `signum` sent to this process when its parent dies."""
 
+    def offer_to_oom(self, pid: int = 0) -> None:
+        """Let this process, or that one of the same user, end before ours when the machine's memory runs out.
+
+        A process that hides its memory can do it only when it is root.
+        """
+
     def hide_memory(self) -> None:
         """Keep other processes of the same user from reading this one's memory."""
 
@@ -62,11 +67,16 @@ class System(Protocol):
     def ended(self, pid: int) -> bool:
         """True for a child of this process that has ended and is not reaped yet."""
 
-    def members(self, root: int, sessions: Collection[int], spare: Collection[int]) -> list[Process]:
+    def outgrew_limit(self, pid: int) -> bool:
+        """True when the kernel ended this child, which is not reaped yet, for its memory limit."""
+
+    def members(
+        self, root: int, sessions: Collection[int], spare: Collection[int], marker: str = ""
+    ) -> list[Process]:
         """The processes below `root`, without `root` and without `spare` and what is below these.
 
-        `sessions` are sessions that descendants of `root` began; where `exact` is false their members count
-        too.
+        Where `exact` is false, whoever holds `marker` counts too, or without one who is in `sessions`, which
+        descendants of `root` began; and `root` is 0 when it is gone.
         """
 
     def signal(self, process: Process, signum: int) -> bool:

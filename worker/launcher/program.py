@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from worker.launcher.processes import System
 from worker.launcher.protocol import FrameBuffer, Refused, decode_body
+from worker.launcher.report import give_place, hand_over
 from worker.launcher.sandbox import Sandboxes, SandboxFailed
 
 REACHED = b"+"
@@ -48,9 +49,7 @@ class Inherited(NamedTuple):
 
 
 class Birth(NamedTuple):
-    """What a child is born with. `files` are to be its descriptors 0 to 2; `report` is the pipe for
-    failures.
-    """
+    """What a child is born with. `files` are to be its descriptors 0 to 2; `report` is its end of `report`."""
 
     files: tuple[int, int, int]
     report: int
@@ -104,6 +103,7 @@ def _settle(birth: Birth) -> bool:
             os.dup2(fd, number)
         step = "setrlimit"
         resource.setrlimit(resource.RLIMIT_NOFILE, birth.inherited.files)
+        birth.table.offer_to_oom()
         os.umask(UMASK)
     except OSError as failure:
         _report(birth.report, _explain(step, failure, None))
@@ -126,27 +126,46 @@ def _become(birth: Birth, order: dict[str, Any]) -> None:
     """From a settled child to the program; comes back only after a failure, which is reported."""
     command = Command(order["program"], order["argv"], order["env"], order["cwd"])
     user = os.geteuid(), os.getegid()
-    step = "chdir"
+    step = "cgroup"
     try:
+        if "cgroup" in order:
+            _join_group(order["cgroup"])
+        step = "chdir"
         if not birth.table.exact:
             os.chdir(command.cwd)  # a Seatbelt profile may hide the way to it
         step = "sandbox"
-        birth.sandboxes.apply(order["plan"])
+        namespaces = order.get("namespaces", ())
+        if birth.sandboxes.enter(order["plan"], namespaces, lambda *told: give_place(birth.report, *told)):
+            # Its parent has no number where it is now, and notices by itself.
+            birth.table.follow_parent(signal.SIGKILL)
+            user = -1, -1
+        listener = birth.sandboxes.apply(order["plan"])
+        if listener is not None:
+            step = "gate"
+            hand_over(birth.report, listener, order["plan"]["gate"])
         step = "chdir"
         if birth.table.exact:
             os.chdir(command.cwd)  # as the user, and below the root, that the sandbox has chosen
         step = "parent"
-        if (os.geteuid(), os.getegid()) != user:
+        if user != (-1, -1) and (os.geteuid(), os.getegid()) != user:
             _follow(birth)  # the change of user has cleared it
         step = "exec"
         os.write(birth.report, REACHED)
-        os.execve(command.program, command.argv, command.env)
+        birth.sandboxes.become(order["plan"], command.program, command.argv, command.env)
     except SandboxFailed as failure:
         _report(birth.report, Failure(failure.step, failure.errno, failure.detail))
     except Refused as failure:
         _report(birth.report, Failure("sandbox", 0, failure.message))
     except (OSError, ValueError) as failure:
         _report(birth.report, _explain(step, failure, command))
+
+
+def _join_group(procs: str) -> None:
+    fd = os.open(procs, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, b"0")
+    finally:
+        os.close(fd)
 
 
 def _follow(birth: Birth) -> None:

@@ -27,10 +27,40 @@ class Phase(Enum):
     ENDED = "ended"
 
 
+class Group(Protocol):
+    """A control group of one run."""
+
+    @property
+    def procs(self) -> str:
+        """The file through which a process joins."""
+
+    @property
+    def ran_out(self) -> bool:
+        """Whether the kernel killed something in it for its memory."""
+
+    def kill(self) -> None: ...
+
+    def remove(self) -> bool:
+        """False while something in it is still ending."""
+
+
+class Groups(Protocol):
+    """The control groups of this launcher's runs, by name. What they cannot do raises OSError."""
+
+    controllers: tuple[str, ...]
+
+    def make(self, name: str, limits: dict[str, Any]) -> Group: ...
+
+    def find(self, name: str) -> Group | None: ...
+
+    def names(self) -> list[str]: ...
+
+
 class Host(NamedTuple):
     """What the launcher shares with its containers.
 
-    `tell` sends an event to the worker; `drop` forgets a container that never ran.
+    `tell` sends an event to the worker; `drop` forgets a container that never ran; `groups` make control groups,
+    where there are any.
     """
 
     loop: Loop
@@ -41,6 +71,7 @@ class Host(NamedTuple):
     log: Callable[[str], None]
     tell: Callable[[dict[str, Any]], None]
     drop: Callable[[str], object]
+    groups: Groups | None = None
 
 
 class Identity(NamedTuple):
@@ -56,7 +87,11 @@ class Identity(NamedTuple):
 
 
 class Run:
-    """What is known of the program itself. `status` is set only when the launcher reaped it as an orphan."""
+    """What is known of the program itself. `status` is set only when the launcher reaped it as an orphan.
+
+    `marker` is a plan's, which shows whose a process is where no subreaper keeps a tree together. `group` is the
+    name of its control group, empty when it has none.
+    """
 
     def __init__(self) -> None:
         self.pid: int | None = None
@@ -65,6 +100,8 @@ class Run:
         self.shim_pid = 0
         self.shim_start = 0
         self.cpu_limit_s: float | None = None
+        self.marker = ""
+        self.group = ""
         self.taken_over = False
         self.status: int | None = None
         self.killed_by: str | None = None

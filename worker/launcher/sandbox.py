@@ -2,6 +2,7 @@
 
 import importlib
 import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from worker.launcher.protocol import START_FAILED, UNSUPPORTED, Refused
@@ -22,12 +23,15 @@ class SandboxFailed(Exception):
 
 
 class Sandboxes:
-    """Carries out plans. `allow_none` is for tests: plans of platform `none` run without a sandbox."""
+    """Carries out plans. `allow_none` is for tests: plans of platform `none` run without a sandbox.
 
-    def __init__(self, *, allow_none: bool = False) -> None:
+    `enforcement` is a platform's name and what carries out its plans; this system's is found unless given.
+    """
+
+    def __init__(self, *, allow_none: bool = False, enforcement: tuple[str, Any] | None = None) -> None:
         self._allow_none = allow_none
-        self._platform = _SYSTEMS.get(os.uname().sysname, "")
-        self._module: Any = None
+        self._platform, module = enforcement or (_SYSTEMS.get(os.uname().sysname, ""), None)
+        self._module: Any = module
 
     def load(self) -> None:
         """Import the enforcement and let it settle, so that every later fork shares it. ImportError."""
@@ -67,18 +71,59 @@ class Sandboxes:
             return None  # it has ended already
         return fd
 
-    def apply(self, plan: dict[str, Any]) -> None:
-        """Confine this process, between fork and exec. Raises SandboxFailed, or Refused as `check` does."""
+    def enter(
+        self, plan: dict[str, Any], namespaces: Sequence[int], tell: Callable[[int, int, list[int]], None]
+    ) -> bool:
+        """Go into the container's own root, if the plan has one; True when this is another process afterwards.
+
+        It is a new one, or that of `namespaces`. `tell` is called with the numbers of the processes that take
+        this one's place, the one that holds a new container together (else 0) and the program's, and with the
+        descriptors of a new container's namespaces. SandboxFailed.
+        """
+        if "root" not in plan:
+            return False
         self.check(plan)
-        if plan["platform"] == NO_SANDBOX:
-            return
         try:
-            if hasattr(self._module, "prepare"):
-                self._module.apply(plan, self._module.prepare(plan))
-            else:
-                self._module.apply(plan)
+            self._module.enter(plan, namespaces, tell)
         except Exception as failure:
             raise _named(failure) from failure
+        return True
+
+    def apply(self, plan: dict[str, Any]) -> int | None:
+        """Confine this process, between fork and exec. Raises SandboxFailed, or Refused as `check` does.
+
+        Gives the listener of a sandbox that asks, which `gate` answers in the shim.
+        """
+        self.check(plan)
+        if plan["platform"] == NO_SANDBOX:
+            return None
+        try:
+            if hasattr(self._module, "prepare"):
+                listener = self._module.apply(plan, self._module.prepare(plan))
+            else:
+                listener = self._module.apply(plan)
+        except Exception as failure:
+            raise _named(failure) from failure
+        return listener if isinstance(listener, int) else None
+
+    def groups(self, name: str) -> Any:
+        """What makes control groups below a folder of that name; None where this user may make none. OSError."""
+        open_groups = getattr(self._module, "open_groups", None)
+        return None if open_groups is None else open_groups(name)
+
+    def gate(self, listener: int, path: bytes) -> Any:
+        """What answers a listener: `serve()` when it is readable, `close()` when nobody can ask any more.
+
+        `retry()` now and then; it gives after how many milliseconds, None when only `serve` has to be called.
+        """
+        return self._module.open_gate(listener, path)
+
+    def become(self, plan: dict[str, Any], program: str, argv: list[str], env: dict[str, str]) -> None:
+        """Be the program, in the child that `apply` has confined. OSError."""
+        become_program = getattr(self._module, "become", None)
+        if become_program is None or plan["platform"] == NO_SANDBOX:
+            os.execve(program, argv, env)
+        become_program(plan, program, argv, env)
 
 
 def _named(failure: Exception) -> SandboxFailed:

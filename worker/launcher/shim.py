@@ -12,7 +12,7 @@ Messages (frames of `protocol`, `t` names the kind):
     shim -> launcher   started {pid, at} · failed {step, errno, detail} · signalled {n, gone, refused}
                        exec_failed {n, step, errno, detail} · exec_exited {n, code}
                        ending {left} while that takes long
-                       exited {code, at, cpu_usec, main_cpu_usec, max_rss}
+                       exited {code, at, cpu_usec, main_cpu_usec, max_rss, outgrew}
 """
 
 import array
@@ -25,13 +25,15 @@ import socket
 import time
 from typing import Any, NamedTuple, NoReturn
 
+from worker.launcher.gates import Gates
 from worker.launcher.processes import Process, System
 from worker.launcher.program import Birth, Failure, Inherited, read_report, run_now, run_ordered
 from worker.launcher.protocol import FrameBuffer, decode_body, encode_body, frame
 from worker.launcher.reaper import Step, TreeKiller, belonging, exit_code
+from worker.launcher.report import read_report_end, report_ends, taken_place
 from worker.launcher.sandbox import Sandboxes
 
-_EXITED = b'{"t":"exited","code":%d,"at":%d,"cpu_usec":%d,"main_cpu_usec":%d,"max_rss":%d}'
+_EXITED = b'{"t":"exited","code":%d,"at":%d,"cpu_usec":%d,"main_cpu_usec":%d,"max_rss":%d,"outgrew":%d}'
 PLAN_START = b'{"t":"plan",'
 
 # A signal that also wakes a shim which someone of the same user has stopped.
@@ -94,7 +96,10 @@ class Shim:
         self._execs: dict[int, Spawned] = {}
         self._reports: dict[int, Spawned] = {}
         self._sessions: list[int] = []
+        self._init = 0  # what holds a container with a root of its own together
+        self._namespaces: list[int] = []
         self._poll = select.poll()
+        self._gates = Gates(self._poll, arguments.sandboxes)
         self._wake = -1
         self._plan = b""
         self._childless = False
@@ -129,11 +134,14 @@ class Shim:
         self._poll.register(wake, select.POLLIN)
         self._reap()  # the program may have ended before there was a wake-up for it
         while not self._ending:
-            ready = [fd for fd, _ in self._poll.poll()]
-            for fd in ready:
+            events = self._poll.poll(self._gates.pause())
+            ready = [fd for fd, _ in events]
+            for fd, event in events:
                 spawned = self._reports.get(fd)
                 if spawned is not None:
                     self._read_report(spawned)
+                else:
+                    self._gates.serve(fd, event)
             if wake in ready:
                 _drain(wake)
                 if not self._has_parent():
@@ -181,7 +189,7 @@ class Shim:
     ) -> Spawned | Failure:
         """Fork a child that becomes the program of `order`, or of the order that it will get."""
         args = self._args
-        report_read, report_write = os.pipe()
+        report_read, report_write = report_ends(self._table.exact)
         parent = os.getpid()
         try:
             pid = os.fork()
@@ -205,7 +213,15 @@ class Shim:
         """Read what the child says of its way to the program; the end of it is the news."""
         if spawned.report is None:
             return
-        chunk = os.read(spawned.report, 4096)
+        chunk, descriptors = read_report_end(spawned.report, self._table.exact)
+        place = taken_place(chunk)
+        if place is not None:
+            self._namespaces += descriptors
+            self._take_place(spawned, *place)
+            return
+        for listener in descriptors:
+            self._gates.add(listener, chunk)
+            return
         if chunk:
             spawned.said += chunk
             return
@@ -214,6 +230,8 @@ class Shim:
         os.close(spawned.report)
         spawned.report = None
         failure = read_report(spawned.said)
+        if failure is None and os.geteuid() != 0:
+            self._table.offer_to_oom(spawned.pid)
         if spawned.session is not None:
             if failure is not None:
                 self._execs.pop(spawned.session)
@@ -227,12 +245,25 @@ class Shim:
             self._send(t="failed", **failure._asdict())
             os._exit(0)
 
+    def _take_place(self, spawned: Spawned, init: int, program: int) -> None:
+        """The child has forked its program beside itself, and ends."""
+        self._init = init or self._init
+        self._sessions[self._sessions.index(spawned.pid)] = program
+        spawned.pid = program
+        if spawned.held is not None:
+            os.close(spawned.held)
+            spawned.held = None
+
     def _reap(self) -> None:
         """Collect whoever ended. The main program is looked at first, so that its number stays ours."""
         main = self._main
         if main is not None and main.status is None and self._table.ended(main.pid):
-            self._ending = True
-            return
+            child = main.pid
+            while main.report is not None and main.pid == child:
+                self._read_report(main)  # what it said last, or the end: it has ended
+            if main.pid == child:
+                self._ending = True
+                return
         while self._collect():
             if main is not None and main.status is not None:
                 self._ending = True
@@ -248,10 +279,12 @@ class Shim:
         self._childless = False
         if pid == 0:
             return False
+        if pid == self._init:
+            self._init = 0
         for spawned in self._spawned():
+            while spawned.pid == pid and spawned.report is not None:
+                self._read_report(spawned)  # its end is there: nobody else holds it before exec
             if spawned.pid == pid:
-                while spawned.report is not None:
-                    self._read_report(spawned)  # its end is there: nobody else holds the pipe before exec
                 spawned.status = status
                 spawned.times = times
                 if spawned.held is not None:
@@ -320,7 +353,8 @@ class Shim:
     def _exec(self, message: dict[str, Any]) -> None:
         files = (self._passed.pop(0), self._passed.pop(0), self._passed.pop(0))
         number = message["n"]
-        spawned = self._fork(files, number, {**message, "plan": decode_body(self._plan)["plan"]})
+        order = {**message, "plan": decode_body(self._plan)["plan"], "namespaces": self._namespaces}
+        spawned = self._fork(files, number, order)
         for fd in files:
             os.close(fd)
         if isinstance(spawned, Failure):
@@ -342,7 +376,10 @@ class Shim:
                 time.sleep(0.001)  # the kernel ends what was killed in its own time
 
     def _members(self) -> list[Process]:
-        return self._table.members(os.getpid(), self._sessions, ())
+        marker = ""
+        if self._plan and not self._table.exact:
+            marker = str(decode_body(self._plan)["plan"].get("marker", ""))
+        return self._table.members(os.getpid(), self._sessions, (), marker)
 
     # -- the end
 
@@ -350,6 +387,7 @@ class Shim:
         main = self._main
         at = _now_us()
         ended = main is not None and (main.status is not None or self._table.ended(main.pid))
+        outgrew = main is not None and main.status is None and self._table.outgrew_limit(main.pid)
         self._end_children()
         if main is not None and main.status is not None:
             usage = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -362,6 +400,7 @@ class Shim:
                     _cpu_usec(usage),
                     _cpu_usec(main.times),
                     usage.ru_maxrss * self._table.rss_unit,
+                    outgrew,
                 )
             )
         os._exit(0)
@@ -373,6 +412,8 @@ class Shim:
         poll.register(self._wake, select.POLLIN)
         waits = iter(_KILL_WAITS_MS)
         told = time.monotonic()
+        if self._init:
+            os.kill(self._init, signal.SIGKILL)  # and the kernel all that is inside
         killer.kill_groups(self._leaders())
         while True:
             while self._collect():

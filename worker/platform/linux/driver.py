@@ -10,14 +10,26 @@ import msgspec
 from schemas.node import Capabilities, NotEnforced
 from schemas.status import Network
 from worker.errors import Configuration
-from worker.platform.base import CloneReport, NetworkPolicy, PathRule, Profile, RuleGroup, SandboxPolicy
+from worker.platform.base import (
+    ROOTED,
+    CloneReport,
+    Limits,
+    NetworkPolicy,
+    PathRule,
+    Profile,
+    RuleGroup,
+    SandboxPolicy,
+)
 
-from . import gaps, landlock, privileges, seccomp, system
+from . import cgroups, gaps, landlock, privileges, seccomp, system
+from .able import Able
 from .clone import clone_tree
 from .enforce import PLAN_VERSION
+from .gate import supported as gates_supported
 from .groups import GROUPS
 from .proc import LinuxProcessTable, allocated_bytes
 from .render import render
+from .rootplan import make_root, shows_system
 
 # What Landlock restricts at each level: binding, connecting. To deny one port where all others are open
 # would take a rule for each of these, 42 ms at every start.
@@ -25,16 +37,31 @@ _RESTRICTED = {Network.NONE: "bc", Network.LOCALHOST: "bc", Network.OUTBOUND: "b
 
 
 class LinuxDriver:
-    """What the kernel has (`abi` of Landlock, system-call `filter`) and the user is, probed unless given."""
+    """What the kernel has (`abi` of Landlock, system-call `filter`) and the user is, probed unless given.
+
+    With `listed` the system's files are those of the list, not those that this host has: nothing is looked up.
+    """
 
     name = "linux"
 
     def __init__(
-        self, *, abi: int | None = None, filter: bool | None = None, root: bool | None = None
+        self,
+        *,
+        abi: int | None = None,
+        filter: bool | None = None,
+        root: bool | None = None,
+        listed: bool = False,
+        gate: bool | None = None,
+        rooted: bool | None = None,
+        controllers: tuple[str, ...] | None = None,
     ) -> None:
         self._abi = landlock.abi() if abi is None else abi
         self._filter = seccomp.supported() if filter is None else filter
         self._root = privileges.may_set_groups() if root is None else root
+        self._listed = listed
+        self._controllers = _controllers() if controllers is None else controllers
+        self._gate = self._filter and (gates_supported() if gate is None else gate)
+        self._able = Able() if rooted is None else Able(user=not self._root, reason="" if rooted else "not here")
 
     def capabilities(self) -> Capabilities:
         # Levels that hold at least by port; `not_enforced` says how much less than the contract that is.
@@ -47,24 +74,36 @@ class LinuxDriver:
             sandbox=self._sandbox(),
             network=[level.value for level in levels],
             gpu=["none"],
-            isolation=["process"],
+            isolation=["process", *([] if self._able.reason else [ROOTED])],
             clone="reflink or copy",
-            limits=["memory", "cpu_time_limit", "max_files", "ulimits"],
-            not_enforced=gaps.of_machine(self._abi, self._filter),
+            limits=[
+                *["memory", "cpu_time_limit", "max_files", "ulimits"],
+                *[name for name in ("pids", "cpu") if name in self._controllers],
+            ],
+            not_enforced=gaps.of_machine(
+                self._abi, self._filter, rooted=not self._able.reason, controllers=self._controllers
+            ),
         )
 
     def groups(self) -> Mapping[str, RuleGroup]:
         return GROUPS
 
     def not_enforced(self, policy: SandboxPolicy) -> list[NotEnforced]:
-        return gaps.of_policy(policy, self._abi, self._filter)
+        opens_sockets = self._opens_sockets(policy.network)
+        return gaps.of_policy(
+            policy, self._abi, self._filter, opens_sockets=opens_sockets, controllers=self._controllers
+        )
 
     def describe(self, policy: SandboxPolicy) -> Profile:
         missing = self.not_enforced(policy)
         return Profile(
             language="landlock+seccomp",
             text=render(policy, self.plan(policy), self._system(policy), missing),
-            params={"landlock_abi": str(self._abi), "machine": seccomp.machine() or "unknown"},
+            params={
+                "landlock_abi": str(self._abi),
+                "seccomp": "true" if self._filter else "false",
+                "machine": seccomp.machine() or "unknown",
+            },
             policy=msgspec.to_builtins(policy),
             not_enforced=missing,
         )
@@ -81,7 +120,28 @@ class LinuxDriver:
             steps.append(["landlock", self._landlock(policy)])
         if self._filter:
             steps.append(["seccomp", self._seccomp(policy)])
-        return {"version": PLAN_VERSION, "platform": self.name, "steps": steps}
+        plan: dict[str, Any] = {"version": PLAN_VERSION, "platform": self.name, "steps": steps}
+        if self._has_gate(policy.network):
+            plan["gate"] = policy.network.api_socket
+        limited = _group_limits(policy.limits, self._controllers)
+        if limited:
+            plan["cgroup"] = limited
+        if policy.isolation == ROOTED:
+            user = (os.getuid(), os.getgid()) if self._able.user else None
+            links = {} if self._listed else system.links()
+            plan["root"] = make_root(
+                policy, system=self._system(policy), links=links, user=user, gated=plan.get("gate")
+            )
+        return plan
+
+    def _opens_sockets(self, network: NetworkPolicy) -> bool:
+        """Whether every unix socket of the user is open: a filter cannot tell their paths apart."""
+        others = [path for path in network.unix_sockets if path != network.api_socket]
+        return bool(others) or (network.api_socket is not None and not self._gate)
+
+    def _has_gate(self, network: NetworkPolicy) -> bool:
+        """Whether the host API's socket is reached through the shim, and no other."""
+        return network.api_socket is not None and not self._opens_sockets(network)
 
     def clone_tree(self, src: Path, dst: Path) -> CloneReport:
         return clone_tree(src, dst)
@@ -89,13 +149,19 @@ class LinuxDriver:
     def processes(self) -> LinuxProcessTable:
         return LinuxProcessTable()
 
+    def end_leftovers(self, marker: str, timeout_s: float) -> bool:
+        """The kernel has: PDEATHSIG ends the program with its shim, and the shim with its launcher."""
+        return True
+
     def allocated_bytes(self) -> int | None:
         return allocated_bytes()
 
     def default_path(self) -> str:
         return system.DEFAULT_PATH
 
-    def search_dirs(self) -> tuple[str, ...]:
+    def search_dirs(self, policy: SandboxPolicy | None = None) -> tuple[str, ...]:
+        if policy is not None and policy.isolation == ROOTED and not shows_system(policy.rootfs):
+            return ()
         folders = {os.path.realpath(rule.path) for rule in system.PROGRAMS if os.path.isdir(rule.path)}
         return tuple(sorted(folders))
 
@@ -105,7 +171,7 @@ class LinuxDriver:
         return "seccomp" if self._filter else "none"
 
     def _system(self, policy: SandboxPolicy) -> tuple[system.SystemPath, ...]:
-        rules = system.system(policy.groups).rules
+        rules = system.listed(policy.groups) if self._listed else system.system(policy.groups).rules
         for rule in rules:
             for denied in policy.deny:
                 if denied == rule.path or denied.startswith(rule.path + "/"):
@@ -117,7 +183,12 @@ class LinuxDriver:
 
     def _landlock(self, policy: SandboxPolicy) -> dict[str, Any]:
         net = _RESTRICTED.get(policy.network.level, "") if self._abi >= 4 else ""
-        sockets = "s" if policy.network.unix_sockets else ""
+        if policy.isolation == ROOTED:
+            # What is not to be seen is not there, and what may only be read is mounted so.
+            everything = [["/", "rwxsi"]]
+            ports = _ports(policy.network, net)
+            return {"system": [], "paths": everything, "ports": ports, "net": net, "own_proc": False}
+        sockets = "s" if self._opens_sockets(policy.network) else ""
         return {
             "system": [[rule.path, rule.access] for rule in self._system(policy)],
             "paths": [[rule.path, _letters(rule, sockets)] for rule in policy.paths],
@@ -134,13 +205,27 @@ class LinuxDriver:
             Network.OUTBOUND: "udp",
             Network.FULL: "any",
         }[network.level]
-        return seccomp.Options(
+        options = seccomp.Options(
             inet=inet,
-            unix=bool(network.unix_sockets),
+            unix=self._opens_sockets(network),
             fastopen=network.level in (Network.OUTBOUND, Network.FULL),
             ipc="ipc" in policy.groups,
             truncate=self._abi >= 3,
+            gate=self._has_gate(network),
         )._asdict()
+        # A launcher that is older than this worker does not know the word.
+        return {name: value for name, value in options.items() if name != "gate" or value}
+
+
+def _controllers() -> tuple[str, ...]:
+    found = cgroups.delegated_here()
+    return () if found is None else found.controllers
+
+
+def _group_limits(limits: Limits, controllers: tuple[str, ...]) -> dict[str, Any]:
+    """What a control group can keep of these limits; empty when that is nothing, and none is needed."""
+    wanted = {"memory": limits.memory_bytes, "pids": limits.pids, "cpu": limits.cpu}
+    return {name: value for name, value in wanted.items() if value is not None and name in controllers}
 
 
 def _ports(network: NetworkPolicy, net: str) -> list[list[Any]]:

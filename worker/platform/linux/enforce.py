@@ -15,19 +15,21 @@ landlock        {system: [[path, access], …], paths: [[path, access], …], po
                 own_proc}: access is letters of `landlock`; system paths may be missing; `net` are the
                 letters that are restricted at all; with `own_proc` the program may read its own part of
                 /proc
-seccomp         {inet, unix, fastopen, ipc, truncate}, see `seccomp.Options`
+seccomp         {inet, unix, fastopen, ipc, truncate, gate}, see `seccomp.Options`
 
-`prepare` works out the calls of a plan, `apply` makes them in the child; a failing step raises
+A plan may have a `root` beside its steps (see `rooted`): then `enter` comes first, and the rest is for the process
+that it returns in. `prepare` works out the calls of a plan, `apply` makes them in the child; a failing step raises
 EnforceError, and the child must then not exec. Two more make starts cheap, and nothing depends on them:
 `settle`, once in the launcher, and `ahead`, in a child that waits for its plan.
 """
 
 import os
 import resource
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from . import landlock, privileges, seccomp, system
+from . import cgroups, landlock, privileges, rooted, seccomp, system
+from .gate import Gate
 from .libc import O_PATH, prctl
 
 PLAN_VERSION = 1
@@ -156,14 +158,42 @@ def prepare(plan: dict[str, Any]) -> Prepared:
     return Prepared(tuple(calls), tuple(rulesets))
 
 
-def apply(plan: dict[str, Any], prepared: Prepared | None = None) -> None:
-    """Confine this process for good. To be called between fork and exec, by a process of one thread."""
+def enter(plan: dict[str, Any], namespaces: Sequence[int], tell: rooted.Tell) -> None:
+    """Go into the root of a plan that has one: a new one, or that of these namespaces; see `rooted`."""
+    if namespaces:
+        rooted.join(plan["root"], namespaces, tell)
+    else:
+        rooted.enter(plan["root"], tell)
+
+
+def apply(plan: dict[str, Any], prepared: Prepared | None = None) -> int | None:
+    """Confine this process for good. To be called between fork and exec, by a process of one thread.
+
+    Gives the listener of a filter that asks: somebody outside must answer it, with `open_gate`.
+    """
     ready = prepare(plan) if prepared is None else prepared
+    listener = None
     for step, function, arguments in ready.calls:
         try:
-            function(*arguments)
+            given = function(*arguments)
         except OSError as error:
             raise _failed(step, error) from error
+        if step == "seccomp" and isinstance(given, int):
+            listener = given
+    return listener
+
+
+def open_groups(name: str) -> cgroups.Cgroups | None:
+    """The control groups of this launcher, in a folder of that name; None where it may make none. OSError."""
+    place = cgroups.delegated_here()
+    if place is None or not place.controllers:
+        return None
+    return cgroups.Cgroups.open(place.base, name)
+
+
+def open_gate(listener: int, path: bytes) -> Gate:
+    """Who answers a listener, for programs that may connect to the socket `path` and no other."""
+    return Gate(listener, path)
 
 
 def hold_process(pid: int) -> int:
@@ -190,8 +220,9 @@ def _calls(name: str, argument: Any) -> list[Call]:
         return [Call(name, prctl, (_PR_SET_DUMPABLE, 0))]
     if name == "seccomp":
         machine = _machine(name)
-        program = seccomp.program(seccomp.assemble(seccomp.Options(**argument), machine))
-        return [Call(name, seccomp.install, (program, machine))]
+        options = seccomp.Options(**argument)
+        program = seccomp.program(seccomp.assemble(options, machine))
+        return [Call(name, seccomp.install, (program, machine, options.gate and not options.unix))]
     raise EnforceError(name, 0, "not a step that this launcher knows")
 
 

@@ -2,7 +2,7 @@
 
 from schemas.node import Feature, NotEnforced
 from schemas.status import Network
-from worker.platform.base import SandboxPolicy
+from worker.platform.base import ROOTED, SandboxPolicy
 
 # A node without Landlock lets programs see every file of its user. The contract has no name for this yet.
 FILES = Feature.FILES
@@ -12,27 +12,49 @@ _NO_FILTER = "this kernel takes no system-call filter"
 _NO_LANDLOCK = "this kernel has no Landlock"
 
 
-def of_machine(abi: int, has_filter: bool) -> list[NotEnforced]:
-    """Everything that falls short at some setting."""
-    found = _always(abi, has_filter)
+def of_machine(
+    abi: int, has_filter: bool, *, rooted: bool, controllers: tuple[str, ...]
+) -> list[NotEnforced]:
+    """Everything that falls short at some setting. `rooted`: there is isolation `rootfs` too; `controllers` are
+    those of control groups.
+    """
+    found = _always(abi, has_filter, controllers)
     if has_filter:
         found[Feature.UNIX_SOCKETS] = (
-            "closed unless the spec is granted any, and then every socket that the user may reach is open"
+            "closed but for the host API's, unless the spec is granted others: then every socket that the user "
+            "may reach is open"
         )
         found[Feature.IPC] = "closed, but open to all objects of the user under the groups ipc and shm"
     if abi < 6 and has_filter:
         found[Feature.ABSTRACT_SOCKETS] = f"open once unix sockets are granted: {_older(abi, 6)}"
-    found[Feature.NETWORK_LOCALHOST] = _localhost(abi)
-    found[Feature.NETWORK_OUTBOUND] = _outbound(abi)
-    found[Feature.NETWORK_UDP] = _TCP_ONLY
-    return _listed(found)
+    shared = {
+        Feature.NETWORK_LOCALHOST: _localhost(abi),
+        Feature.NETWORK_OUTBOUND: _outbound(abi),
+        Feature.NETWORK_UDP: _TCP_ONLY,
+    }
+    listed = _listed(found | shared, "process")
+    if rooted:
+        inside = _in_any_root(controllers)
+        if abi < 6:
+            inside[Feature.ABSTRACT_SOCKETS] = f"open at every level but none: {_older(abi, 6)}"
+        listed += _listed(inside | shared, ROOTED)
+    return listed
 
 
-def of_policy(policy: SandboxPolicy, abi: int, has_filter: bool) -> list[NotEnforced]:
-    """What falls short for this very policy."""
+def of_policy(
+    policy: SandboxPolicy,
+    abi: int,
+    has_filter: bool,
+    *,
+    opens_sockets: bool,
+    controllers: tuple[str, ...],
+) -> list[NotEnforced]:
+    """What falls short for this very policy. `opens_sockets`: a granted unix socket opens them all."""
     network = policy.network
-    found = _always(abi, has_filter)
-    if has_filter and network.unix_sockets:
+    if policy.isolation == ROOTED:
+        return _listed(_in_root(policy, abi, has_filter, controllers), ROOTED)
+    found = _always(abi, has_filter, controllers)
+    if has_filter and opens_sockets:
         found[Feature.UNIX_SOCKETS] = (
             "a kernel filter cannot tell socket paths apart: all of the user's are open"
         )
@@ -46,10 +68,47 @@ def of_policy(policy: SandboxPolicy, abi: int, has_filter: bool) -> list[NotEnfo
         found[Feature.NETWORK_OUTBOUND] = _outbound(abi)
     if network.udp and network.level in (Network.LOCALHOST, Network.OUTBOUND):
         found[Feature.NETWORK_UDP] = _TCP_ONLY
-    return _listed(found)
+    return _listed(found, "process")
 
 
-def _always(abi: int, has_filter: bool) -> dict[Feature, str]:
+def _in_root(
+    policy: SandboxPolicy, abi: int, has_filter: bool, controllers: tuple[str, ...]
+) -> dict[Feature, str]:
+    """For a container with a root of its own: files, processes, signals and IPC end at its namespaces."""
+    network = policy.network
+    found = _in_any_root(controllers)
+    if network.level is not Network.NONE and abi < 6 and (network.unix_sockets or not has_filter):
+        found[Feature.ABSTRACT_SOCKETS] = _older(abi, 6)
+    if network.level is Network.LOCALHOST:
+        found[Feature.NETWORK_LOCALHOST] = _localhost(abi)
+    if network.level is Network.OUTBOUND:
+        found[Feature.NETWORK_OUTBOUND] = _outbound(abi)
+    if (network.udp or not has_filter) and network.level in (Network.LOCALHOST, Network.OUTBOUND):
+        found[Feature.NETWORK_UDP] = _TCP_ONLY
+    return found
+
+
+def _in_any_root(controllers: tuple[str, ...]) -> dict[Feature, str]:
+    return {
+        **_unlimited(controllers),
+        Feature.VOLUME_SIZE: "only that of tmpfs: others are folders of the host's file system",
+    }
+
+
+def _unlimited(controllers: tuple[str, ...]) -> dict[Feature, str]:
+    """Of the limits that only a control group can keep, those that it cannot here."""
+    without = {
+        Feature.MEMORY: (
+            "measured a few times a second and answered by a kill; the kernel itself refuses nothing, and memory "
+            "in unmapped memfd files is not counted"
+        ),
+        Feature.CPU: "no control group is used; only the CPU time of each process can be limited",
+        Feature.PIDS: "no control group is used, and the kernel's own limit counts all of the user's processes",
+    }
+    return {feature: reason for feature, reason in without.items() if feature.value not in controllers}
+
+
+def _always(abi: int, has_filter: bool, controllers: tuple[str, ...]) -> dict[Feature, str]:
     """What no setting of a spec changes."""
     found: dict[Feature, str] = {}
     if not has_filter:
@@ -77,14 +136,7 @@ def _always(abi: int, has_filter: bool) -> dict[Feature, str]:
         if abi
         else f"{_NO_LANDLOCK}: all that /proc tells is open"
     )
-    found[Feature.MEMORY] = (
-        "measured a few times a second and answered by a kill; the kernel itself refuses nothing, and memory "
-        "in unmapped memfd files is not counted"
-    )
-    found[Feature.CPU] = "no control group is used; only the CPU time of each process can be limited"
-    found[Feature.PIDS] = (
-        "no control group is used, and the kernel's own limit counts all of the user's processes"
-    )
+    found |= _unlimited(controllers)
     found[Feature.VOLUME_SIZE] = "volumes are folders of the host's file system"
     return found
 
@@ -108,7 +160,7 @@ def _older(abi: int, needed: int) -> str:
     return _NO_LANDLOCK if abi == 0 else f"this kernel's Landlock has ABI {abi}, and that takes {needed}"
 
 
-def _listed(found: dict[Feature, str]) -> list[NotEnforced]:
+def _listed(found: dict[Feature, str], isolation: str) -> list[NotEnforced]:
     return [
-        NotEnforced(feature=feature, isolation="process", reason=reason) for feature, reason in found.items()
+        NotEnforced(feature=feature, isolation=isolation, reason=reason) for feature, reason in found.items()
     ]

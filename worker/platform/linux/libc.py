@@ -1,14 +1,29 @@
 """System calls through the C library. Standard library only."""
 
 import ctypes
+import errno
 import os
 from typing import Any
 
 libc = ctypes.CDLL(None, use_errno=True)
-_syscall = libc.syscall
+
+
+def function(name: str) -> Any:
+    """A function of the C library, looked up now. Where there is none (this package is also read on a Mac, to show
+    profiles of Linux) one that fails with ENOSYS.
+    """
+    return getattr(libc, name, _absent)
+
+
+def _absent(*_: object) -> int:
+    ctypes.set_errno(errno.ENOSYS)
+    return -1
+
+
+_syscall = function("syscall")
 _syscall.argtypes = [ctypes.c_long]
 _syscall.restype = ctypes.c_long
-_prctl = libc.prctl
+_prctl = function("prctl")
 _prctl.argtypes = [ctypes.c_int] + [ctypes.c_ulong] * 4
 _prctl.restype = ctypes.c_int
 

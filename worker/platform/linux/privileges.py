@@ -5,7 +5,7 @@ import errno
 import os
 import struct
 
-from .libc import last_error, libc, prctl, syscall
+from .libc import function, last_error, prctl, syscall
 from .seccomp import AUDIT_ARCH
 from .syscall_table import NUMBERS
 
@@ -18,7 +18,7 @@ _VERSION_3 = 0x20080522
 _KEYCTL_JOIN_SESSION_KEYRING = 1
 
 # Looked up and made here, once: a child would pay a third of a millisecond for it.
-_libc_capget, _libc_capset = libc.capget, libc.capset
+_libc_capget, _libc_capset = function("capget"), function("capset")
 _header = ctypes.create_string_buffer(struct.pack("=Ii", _VERSION_3, 0), 8)  # this process
 _data = ctypes.create_string_buffer(24)
 

@@ -50,7 +50,7 @@ class LinuxProcessTable:
         self._swap_used: bool | None = None
         self._walks = 0 if os.path.exists(f"/proc/self/task/{os.getpid()}/children") else _MAX_WALKS
 
-    def tree(self, root_pid: int) -> TreeSample | None:
+    def tree(self, root_pid: int, marker: str = "") -> TreeSample | None:
         root, members = self._find(root_pid)
         if root is None:
             return None
@@ -69,7 +69,7 @@ class LinuxProcessTable:
             write_bytes=sum(write for _, write in known) if len(known) == len(io) else None,
         )
 
-    def memory(self, root_pid: int, limit: int | None = None) -> int | None:
+    def memory(self, root_pid: int, limit: int | None = None, marker: str = "") -> int | None:
         root, members = self._find(root_pid)
         if root is None:
             return None
@@ -80,7 +80,7 @@ class LinuxProcessTable:
             return resident
         return _memory(living, limit)
 
-    def members(self, root_pid: int) -> tuple[int, ...]:
+    def members(self, root_pid: int, marker: str = "") -> tuple[int, ...]:
         return tuple(member.pid for member in self._find(root_pid)[1] if member.alive)
 
     def alive(self, pid: int, start_time: int) -> bool:
@@ -101,7 +101,8 @@ class LinuxProcessTable:
         while waiting:
             stat = self._stat(waiting.pop())
             if stat is not None:
-                members.append(stat)
+                if stat.parent != root_pid or not _is_init(stat.pid):
+                    members.append(stat)
                 waiting += self._children_of(stat)
         return root, members
 
@@ -177,6 +178,13 @@ def _proportional(pid: int) -> int | None:
 def _kilobytes(raw: bytes | None, names: tuple[bytes, ...]) -> tuple[int, ...]:
     """Bytes for each name that stands at the beginning of a line; 0 for one that is not there."""
     return tuple(_number(raw, b"\n" + name + b":") * 1024 for name in names)
+
+
+def _is_init(pid: int) -> bool:
+    """Whether this child of a shim is ours too: number 1 of a process namespace, which no program can make."""
+    raw = _read(f"/proc/{pid}/status") or b""
+    at = raw.find(b"\nNSpid:")
+    return at >= 0 and raw[at + 7 : raw.index(b"\n", at + 1)].split()[1:] == [b"1"]
 
 
 def _number(raw: bytes | None, label: bytes) -> int:

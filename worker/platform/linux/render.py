@@ -9,7 +9,7 @@ from worker.platform.base import SandboxPolicy
 from . import seccomp
 from .system import SystemPath
 
-_ERRNO = {1: "EPERM", 13: "EACCES", 38: "ENOSYS", 95: "EOPNOTSUPP"}
+_ERRNO = {seccomp.ASK: "ask", 1: "EPERM", 13: "EACCES", 38: "ENOSYS", 95: "EOPNOTSUPP"}
 _STEPS = {
     "keyring": "a session keyring of its own",
     "groups": "no supplementary groups",
@@ -17,6 +17,7 @@ _STEPS = {
     "no_new_privs": "no privileges from set-user-ID or file capabilities",
     "dumpable": "unreadable to other processes until its program runs",
 }
+OWN_PROC = "r     /proc/self  # the program's own, not its children's"
 
 
 def render(
@@ -38,7 +39,9 @@ def render(
     lines += ["", "[privileges]"]
     lines += [f"{name:<12}  # {text}" for name, text in _STEPS.items() if name in steps]
     landlock = steps.get("landlock")
-    if landlock is None:
+    if "root" in plan:
+        lines += _root(plan["root"])
+    elif landlock is None:
         lines += ["", "[files]  # this kernel has no Landlock: whatever the worker's user may"]
     else:
         lines += _files(policy, landlock, system)
@@ -53,11 +56,24 @@ def render(
 def _files(policy: SandboxPolicy, landlock: dict[str, Any], system: Sequence[SystemPath]) -> list[str]:
     lines = ["", "[files]  # r read, w write, x execute, s make sockets, i ioctl; anything else is refused"]
     for (path, access), rule in zip(landlock["paths"], policy.paths, strict=True):
-        lines.append(f"{access:<5} {path}  # {rule.origin}")
-    lines += [f"{rule.access:<5} {rule.path}  # {rule.reason}" for rule in system]
+        lines.append(file_line(access, path, rule.origin))
+    lines += [file_line(rule.access, rule.path, rule.reason) for rule in system]
     if landlock["own_proc"]:
-        lines.append("r     /proc/self  # the program's own, not its children's")
+        lines.append(OWN_PROC)
     return lines
+
+
+def _root(root: dict[str, Any]) -> list[str]:
+    namespaces = ["mount", "process", "ipc", "uts", "cgroup", *["user"] * bool(root["user"]), *["net"] * root["net"]]
+    lines = ["", f"[namespaces]  # of its own\n{' '.join(namespaces)}"]
+    lines += ["", f"[files]  # the root is {root['path']}; what else is seen there, in this order"]
+    lines += [" ".join(str(word) for word in mount) for mount in root["mounts"]]
+    return lines
+
+
+def file_line(access: str, path: str, reason: str) -> str:
+    """The line of a rule for files; `decide` finds it again by this."""
+    return f"{access:<5} {path}  # {reason}"
 
 
 def _network(
@@ -77,6 +93,8 @@ def _network(
     if options is not None:
         kinds = {"none": "none", "tcp": "tcp", "udp": "tcp udp", "any": "all of inet"}[options["inet"]]
         lines.append(f"sockets  {kinds}{' unix' if options['unix'] else ''}, unix pairs")
+        if options.get("gate"):
+            lines.append(f"unix     {network.api_socket}  # the host API's, through the shim; no other")
     if network.denied_ports and "c" in net:
         lines.append(f"never    tcp {' '.join(map(str, network.denied_ports))}  # the node's own")
     return lines
@@ -87,11 +105,14 @@ def _calls(rules: Iterable[seccomp.Rule]) -> list[str]:
         "",
         "[system calls]  # of one call the first rule that holds decides; what is not named is allowed",
     ]
-    for rule in rules:
-        verdict = "allow" if rule.verdict == 0 else _ERRNO.get(rule.verdict, str(rule.verdict))
-        when = " and ".join(_check(check) for check in rule.when)
-        lines.append(f"{verdict:<11} {rule.calls}{f' if {when}' if when else ''}  # {rule.reason}")
-    return lines
+    return [*lines, *(call_line(rule) for rule in rules)]
+
+
+def call_line(rule: seccomp.Rule) -> str:
+    """The line of a rule for system calls."""
+    verdict = "allow" if rule.verdict == 0 else _ERRNO.get(rule.verdict, str(rule.verdict))
+    when = " and ".join(_check(check) for check in rule.when)
+    return f"{verdict:<11} {rule.calls}{f' if {when}' if when else ''}  # {rule.reason}"
 
 
 def _check(check: seccomp.Check) -> str:

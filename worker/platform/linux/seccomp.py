@@ -22,11 +22,14 @@ from .syscall_table import FIRST_UNKNOWN, NUMBERS
 AUDIT_ARCH = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 
 _ALLOW = 0
+ASK = -1  # the verdict of a call that the container's shim answers, see `gate`
 _RET_ALLOW = 0x7FFF0000
+_RET_ASK = 0x7FC00000
 _RET_ERRNO = 0x00050000
 _LD_ABS, _JMP, _JEQ, _JGE, _AND, _RET = 0x20, 0x05, 0x15, 0x35, 0x54, 0x06
 _SECCOMP = {"x86_64": 317, "aarch64": 277}
 _SET_MODE_FILTER = 1
+_NEW_LISTENER, _WAIT_KILLABLE = 8, 32
 _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _MODE_FILTER = 38, 22, 2
 
 _UNIX, _INET, _INET6, _NETLINK = 1, 2, 10, 16
@@ -54,7 +57,7 @@ class Check(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """For these calls (names, space-separated): the errno (0 allows) when every check holds.
+    """For these calls (names, space-separated): the errno (0 allows, ASK asks) when every check holds.
 
     The rules of one call are tried in order; the first that holds decides, and if none does it is allowed.
     """
@@ -70,7 +73,8 @@ class Options(NamedTuple):
 
     `fastopen`: TCP connections may be opened by sending, which Landlock does not see. `ipc`: System V
     semaphores, shared memory and message queues, and POSIX message queues. `truncate`: truncate(2), which
-    Landlock before ABI 3 lets pass.
+    Landlock before ABI 3 lets pass. `gate`: unix sockets come from the container's shim; without effect where
+    they are granted all.
     """
 
     inet: str = "none"
@@ -78,16 +82,18 @@ class Options(NamedTuple):
     fastopen: bool = False
     ipc: bool = False
     truncate: bool = True
+    gate: bool = False
 
 
-# Those of `none`, `localhost` without and with an endpoint for UDP, `outbound` and `full`.
-USUAL = (
+# Those of `none`, `localhost` without and with an endpoint for UDP, `outbound` and `full`; each with a host API.
+_LEVELS = (
     Options(),
     Options(inet="tcp"),
     Options(inet="udp"),
     Options(inet="udp", fastopen=True),
     Options(inet="any", fastopen=True),
 )
+USUAL = (*_LEVELS, *(level._replace(gate=True) for level in _LEVELS))
 
 
 def _refuse(calls: str, reason: str, *when: Check, code: int = errno.EPERM) -> Rule:
@@ -165,9 +171,22 @@ _IPC = _refuse(
 )
 
 
+_GATE = (
+    Rule("connect", ASK, "to the host API, or on in the kernel: no unix socket here is unconnected"),
+    _refuse(
+        "seccomp",
+        "the shim's listener stays the only one",
+        Check(0, _ANY, _SET_MODE_FILTER),
+        Check(1, _NEW_LISTENER, _NEW_LISTENER),
+    ),
+)
+
+
 def rules(options: Options) -> tuple[Rule, ...]:
     """The whole filter of one container."""
     chosen = [*ALWAYS, *_socket_rules(options)]
+    if options.gate and not options.unix:
+        chosen += _GATE
     if not options.ipc:
         chosen.append(_IPC)
     if not options.fastopen:
@@ -190,6 +209,9 @@ def _socket_rules(options: Options) -> list[Rule]:
     allowed = []
     if options.unix:
         allowed.append(_allow("socket socketpair", "unix sockets are granted", Check(0, _ANY, _UNIX)))
+    elif options.gate:
+        stream = (Check(0, _ANY, _UNIX), Check(1, _TYPE_MASK, _STREAM))
+        allowed.append(Rule("socket", ASK, "comes connected to the host API", stream))
     for kind in (_STREAM, _SEQPACKET):
         # Not datagrams (nor SOCK_RAW, the same here): such a pair can be pointed at any socket's path.
         allowed.append(
@@ -298,6 +320,8 @@ def _rule_code(rule: Rule) -> Code:
 
 
 def _return(verdict: int) -> tuple[int, int, int, int]:
+    if verdict == ASK:
+        return (_RET, 0, 0, _RET_ASK)
     return (_RET, 0, 0, _RET_ALLOW if verdict == _ALLOW else _RET_ERRNO | verdict)
 
 
@@ -312,15 +336,22 @@ def program(code: bytes) -> Program:
     return Program(len(code) // 8, code)
 
 
-def install(filter_program: Program, arch: str) -> None:
-    """Put the filter on this process and all it will ever start. Cannot be undone."""
+def install(filter_program: Program, arch: str, listen: bool = False) -> int | None:
+    """Put the filter on this process and all it will ever start. Cannot be undone.
+
+    With `listen`, gives the descriptor at which what it asks is answered.
+    """
     prctl(_PR_SET_NO_NEW_PRIVS, 1)
+    if listen:
+        flags = _NEW_LISTENER | _WAIT_KILLABLE
+        return syscall(_SECCOMP[arch], _SET_MODE_FILTER, flags, ctypes.byref(filter_program))
     try:
         syscall(_SECCOMP[arch], _SET_MODE_FILTER, 0, ctypes.byref(filter_program))
     except OSError as error:
         if error.errno != errno.ENOSYS:
             raise
         prctl(_PR_SET_SECCOMP, _MODE_FILTER, ctypes.addressof(filter_program))
+    return None
 
 
 def supported() -> bool:
