@@ -1,4 +1,6 @@
-"""A real nats-server per module on a free port, and connections to it. Nothing here needs Docker or root."""
+"""Real servers for the tests: a nats-server per module on a free port with connections to it, and a launcher in a
+folder of its own. Nothing here needs Docker or root.
+"""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
@@ -10,6 +12,9 @@ import pytest
 
 from worker.bus.connection import Bus
 from worker.bus.server import EmbeddedServer
+from worker.supervisor import Launcher
+
+from .launcher_help import Hearing, Home, data_directory
 
 
 @dataclass
@@ -98,3 +103,24 @@ async def connect() -> AsyncIterator[Connect]:
     yield open_bus
     for bus in buses:
         await bus.close()
+
+
+@pytest.fixture
+async def home() -> AsyncIterator[Home]:
+    """A data directory; a launcher that runs there in the end is killed with all that it runs."""
+    async with data_directory() as home:
+        yield home
+
+
+@pytest.fixture
+async def launcher(home: Home) -> AsyncIterator[Launcher]:
+    """A real launcher of that directory, which also takes plans without a sandbox."""
+    launcher = await Launcher.attach(home, unsandboxed=True)
+    yield launcher
+    await launcher.close()
+
+
+@pytest.fixture
+def heard(launcher: Launcher) -> Hearing:
+    """What that launcher tells on its own; output is acknowledged."""
+    return Hearing(launcher)

@@ -16,7 +16,7 @@ from typing import Any
 
 from worker.capture_files import STREAMS
 from worker.capture_reader import CaptureReader, RunEnd
-from worker.launcher.linux import LinuxSystem
+from worker.launcher.processes import system
 from worker.launcher.protocol import FrameBuffer, decode_body, encode_frame
 from worker.supervisor import ExitRecord, Launcher, StartRequest
 
@@ -147,18 +147,18 @@ def launcher_pid(home: Home) -> int | None:
         facts = json.loads((home.root / "launcher.json").read_text())
     except FileNotFoundError:
         return None
-    process = LinuxSystem().find(facts["pid"])
+    process = system().find(facts["pid"])
     same = process is not None and process.alive and process.start == facts["start_time"]
     return facts["pid"] if same else None
 
 
 def alive(pid: int) -> bool:
-    process = LinuxSystem().find(pid)
+    process = system().find(pid)
     return process is not None and process.alive
 
 
 def descendants(pid: int) -> list[int]:
-    return [p.pid for p in LinuxSystem().members(pid, (), ()) if p.alive]
+    return [p.pid for p in system().members(pid, (), ()) if p.alive]
 
 
 class Raw:

@@ -6,7 +6,6 @@ import random
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,6 @@ from tests.integration.launcher_help import (
     Home,
     Raw,
     alive,
-    data_directory,
     launcher_pid,
     look_into,
     read_stream,
@@ -27,24 +25,6 @@ from worker.launcher.protocol import MAX_FRAME, encode_frame
 from worker.supervisor import Launcher
 
 pytestmark = pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="reads /proc")
-
-
-@pytest.fixture
-async def home() -> AsyncIterator[Home]:
-    async with data_directory() as home:
-        yield home
-
-
-@pytest.fixture
-async def launcher(home: Home) -> AsyncIterator[Launcher]:
-    launcher = await Launcher.attach(home, unsandboxed=True)
-    yield launcher
-    await launcher.close()
-
-
-@pytest.fixture
-def heard(launcher: Launcher) -> Hearing:
-    return Hearing(launcher)
 
 
 # -- finding it

@@ -7,14 +7,12 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator
 
 import pytest
 
 from tests.integration.launcher_help import (
     Hearing,
     Home,
-    data_directory,
     descendants,
     digest,
     read_stream,
@@ -25,24 +23,6 @@ from worker.launcher.segments import MARK
 from worker.supervisor import ExecRequest, Launcher, LaunchFailed
 
 pytestmark = pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="reads /proc")
-
-
-@pytest.fixture
-async def home() -> AsyncIterator[Home]:
-    async with data_directory() as home:
-        yield home
-
-
-@pytest.fixture
-async def launcher(home: Home) -> AsyncIterator[Launcher]:
-    launcher = await Launcher.attach(home, unsandboxed=True)
-    yield launcher
-    await launcher.close()
-
-
-@pytest.fixture
-def heard(launcher: Launcher) -> Hearing:
-    return Hearing(launcher)
 
 
 def _python(code: str, *arguments: str) -> list[str]:

@@ -4,7 +4,6 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator
 
 import pytest
 
@@ -13,7 +12,6 @@ from tests.integration.launcher_help import (
     Home,
     Raw,
     alive,
-    data_directory,
     descendants,
     digest,
     look_into,
@@ -26,24 +24,6 @@ from worker.supervisor import ExecRequest, Launcher, read_exit_record
 from worker.supervisor_wire import launcher_program
 
 pytestmark = pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="reads /proc")
-
-
-@pytest.fixture
-async def home() -> AsyncIterator[Home]:
-    async with data_directory() as home:
-        yield home
-
-
-@pytest.fixture
-async def launcher(home: Home) -> AsyncIterator[Launcher]:
-    launcher = await Launcher.attach(home, unsandboxed=True)
-    yield launcher
-    await launcher.close()
-
-
-@pytest.fixture
-def heard(launcher: Launcher) -> Hearing:
-    return Hearing(launcher)
 
 
 def _command_line(pid: int) -> list[bytes]:

@@ -6,33 +6,14 @@ import os
 import resource
 import signal
 import sys
-from collections.abc import AsyncIterator
 
 import pytest
 
-from tests.integration.launcher_help import Hearing, Home, alive, data_directory, look_into, until
+from tests.integration.launcher_help import Hearing, Home, alive, look_into, until
 from worker.errors import Conflict, NotFound, ResourceExhausted, Unsupported
 from worker.supervisor import ExecRequest, ExitRecord, Launcher, LaunchFailed, read_exit_record
 
 pytestmark = pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="reads /proc")
-
-
-@pytest.fixture
-async def home() -> AsyncIterator[Home]:
-    async with data_directory() as home:
-        yield home
-
-
-@pytest.fixture
-async def launcher(home: Home) -> AsyncIterator[Launcher]:
-    launcher = await Launcher.attach(home, unsandboxed=True)
-    yield launcher
-    await launcher.close()
-
-
-@pytest.fixture
-def heard(launcher: Launcher) -> Hearing:
-    return Hearing(launcher)
 
 
 # -- how it ends

@@ -4,12 +4,11 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
-from tests.integration.launcher_help import Hearing, Home, alive, data_directory, descendants, until
+from tests.integration.launcher_help import Hearing, Home, alive, descendants, until
 from worker.launcher.linux import LinuxSystem
 from worker.supervisor import ExecRequest, Launcher
 
@@ -53,24 +52,6 @@ def _noted(path: Path) -> list[int]:
     raw = path.read_bytes() if path.exists() else b""
     words = [raw[at : at + 8] for at in range(0, len(raw), 8)]
     return [int(word) for word in words if word != b"x" * 8]
-
-
-@pytest.fixture
-async def home() -> AsyncIterator[Home]:
-    async with data_directory() as home:
-        yield home
-
-
-@pytest.fixture
-async def launcher(home: Home) -> AsyncIterator[Launcher]:
-    launcher = await Launcher.attach(home, unsandboxed=True)
-    yield launcher
-    await launcher.close()
-
-
-@pytest.fixture
-def heard(launcher: Launcher) -> Hearing:
-    return Hearing(launcher)
 
 
 def _python(code: str, *arguments: str) -> list[str]:
