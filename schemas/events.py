@@ -96,8 +96,24 @@ class JobChanged(Event, frozen=True, kw_only=True, tag="job_changed"):
     error: Error | None
 
 
+class ImagePhase(OpenEnum):
+    RESOLVING = "resolving"
+    DOWNLOADING = "downloading"
+    UNPACKING = "unpacking"
+    DONE = "done"
+
+
+class LayerProgress(msgspec.Struct, frozen=True, kw_only=True):
+    """One layer of an image, as the registry has it. A layer that was here already is done."""
+
+    digest: str
+    bytes_done: int
+    bytes_total: int
+
+
 class ImageProgress(msgspec.Struct, frozen=True, kw_only=True, tag_field="type", tag="image_progress"):
-    """On `P.progress.<node>.image`, core NATS, without a sequence."""
+    """On `P.progress.<node>.image`, core NATS, without a sequence. Sizes are those of the layers as they are
+    fetched; until these are known there are no layers."""
 
     node: str
     time: datetime
@@ -105,6 +121,8 @@ class ImageProgress(msgspec.Struct, frozen=True, kw_only=True, tag_field="type",
     layers: int
     bytes_done: int
     bytes_total: int | None
+    phase: ImagePhase | None = None
+    by_layer: tuple[LayerProgress, ...] = ()
 
 
 AnyEvent = (

@@ -23,6 +23,7 @@ from .values import check_argument, check_id, check_path, check_service, check_t
 
 MAX_WAIT_S = 600.0
 MAX_EXEC_S = 86400.0
+MAX_SINCE_S = 7 * 86400.0
 MAX_OUTPUT_BYTES = 256 * 1024
 BASE64 = "base64"
 
@@ -209,8 +210,16 @@ class Decision(OpenEnum):
 
 
 class CheckReply(Reply, frozen=True, kw_only=True):
+    """`rule` is the deciding line of the profile's text, the `line`th from 1.
+
+    `would_allow`, after a denial, are changes of the spec that were tried and would allow it.
+    """
+
     decision: Decision
     rule: str | None
+    line: int | None = None
+    reason: str | None = None
+    would_allow: list[str] | None = None
 
 
 class ImagesRequest(Request, frozen=True, kw_only=True):
@@ -229,6 +238,34 @@ class ImageEntry(Reply, frozen=True, kw_only=True):
 
 class ImagesReply(Reply, frozen=True, kw_only=True):
     images: list[ImageEntry]
+
+
+class DenialsRequest(Request, frozen=True, kw_only=True):
+    """What the sandbox refused in the last `since_s` seconds."""
+
+    container: str
+    since_s: float = 3600.0
+
+
+class DenialEntry(Reply, frozen=True, kw_only=True):
+    """One refusal, `count` times; `pid` is the newest process. `allow` says what would allow it, in words."""
+
+    time_first: datetime
+    time_last: datetime
+    count: int
+    process: str
+    pid: int
+    operation: str
+    argument: str | None
+    allow: str | None
+
+
+class DenialsReply(Reply, frozen=True, kw_only=True):
+    """The newest first. Not `complete`: some are known to be missing; `note` says what is, and why."""
+
+    denials: list[DenialEntry]
+    complete: bool
+    note: str
 
 
 class CancelRequest(Request, frozen=True, kw_only=True):
@@ -252,6 +289,7 @@ REQUESTS: MappingProxyType[str, type[Request]] = MappingProxyType(
         "profile": ProfileRequest,
         "check": CheckRequest,
         "images": ImagesRequest,
+        "denials": DenialsRequest,
         "cancel": CancelRequest,
     }
 )
@@ -268,6 +306,7 @@ REPLIES: MappingProxyType[str, tuple[type[msgspec.Struct], ...]] = MappingProxyT
         "profile": (ProfileReply,),
         "check": (CheckReply,),
         "images": (ImagesReply,),
+        "denials": (DenialsReply,),
         "cancel": (CancelReply,),
     }
 )
@@ -308,6 +347,8 @@ def check_request(request: Request) -> Request:
             _check_exec(request)
         case ProfileRequest():
             _check_profile(request)
+        case DenialsRequest(since_s=since_s):
+            check_seconds(since_s, field="since_s", limit=MAX_SINCE_S)
         case CancelRequest(job_id=job_id):
             check_service(job_id, field="job_id")
     return request

@@ -35,6 +35,7 @@ Cores = Annotated[float, msgspec.Meta(gt=0, le=65536)]
 
 DEFAULT_STOP_GRACE_S = 10.0
 DEFAULT_LOG_BYTES = 64 * 2**20
+DEFAULT_SYNC_INTERVAL_S = 60.0
 
 
 class Part(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -202,12 +203,21 @@ class TmpfsStorage(Part, frozen=True, kw_only=True, tag_field="type", tag="tmpfs
 
 
 class S3Storage(Part, frozen=True, kw_only=True, tag_field="type", tag="s3"):
+    """`credentials` names a secret of the node. `path_style` null: with an endpoint."""
+
     bucket: str
     prefix: str | None = None
     target: str
     readonly: bool = False
     endpoint: str | None = None
+    region: str | None = None
+    path_style: bool | None = None
     credentials: str | None = None
+    sync_interval: Duration | None = None
+
+    @property
+    def sync_interval_s(self) -> float:
+        return seconds_or(self.sync_interval, DEFAULT_SYNC_INTERVAL_S, "storage.sync_interval")
 
 
 StorageSpec = BindStorage | NamedStorage | AnonymousStorage | TmpfsStorage | S3Storage

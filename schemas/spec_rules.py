@@ -216,10 +216,12 @@ def _storage(spec: ServiceSpec, at: At) -> None:
                 check_service(item.name, field=f"{where}.name", error=InvalidSpec)
             case S3Storage():
                 check_text(item.bucket, field=f"{where}.bucket", limit=255)
-                for name in ("prefix", "endpoint", "credentials"):
+                for name in ("prefix", "endpoint", "region", "credentials"):
                     text = getattr(item, name)
                     if text is not None:
                         check_text(text, field=f"{where}.{name}", limit=2048, empty=True)
+                if item.sync_interval is not None:
+                    _positive(item.sync_interval, f"{where}.sync_interval")
         if isinstance(item, NamedStorage | TmpfsStorage) and item.size is not None:
             parse_memory(item.size, field=f"{where}.size")
 

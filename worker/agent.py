@@ -17,7 +17,7 @@ from pathlib import Path
 
 from loguru import logger
 
-from schemas.node import NodeState
+from schemas.node import Capabilities, NodeState
 from schemas.node import Presence as PresenceValue
 from schemas.spec import SpecFeature
 from schemas.subjects import Subjects
@@ -33,6 +33,8 @@ from worker.config import Config
 from worker.datadir import DataDir, machine_boot_id
 from worker.errors import Configuration, Conflict, Unavailable
 from worker.handlers import CommandHandler
+from worker.host_api import HostApi, TokenRenewer
+from worker.images.pull import Puller
 from worker.images.store import ImageStore
 from worker.journal import Journal, Tx
 from worker.late import LateSink
@@ -41,6 +43,7 @@ from worker.logs import LogShipper
 from worker.node_commands import DRAINING_KEY, NodeCommands
 from worker.node_info import NodeDescription, package_version
 from worker.platform import driver as platform_driver
+from worker.platform.darwin.unified_log import UnifiedLog
 from worker.policy import HostFacts
 from worker.queries import Queries
 from worker.repeating import Repeater
@@ -65,11 +68,23 @@ FEATURES = frozenset(
         SpecFeature.GPU,
     }
 )
+# Features that depend on the machine.
+_ABLE = {
+    "rootfs": SpecFeature.ISOLATION_ROOTFS,
+    "pids": SpecFeature.RESOURCES_PIDS,
+    "cpu": SpecFeature.RESOURCES_CPU,
+}
 THREADS = 8
 LEDGER_KEPT = timedelta(days=8)
 HOUSEKEEPING_S = 3600.0
 PRUNE_AT_ONCE = 1000
 FLUSH_S = 2.0
+
+
+def features_of(capabilities: Capabilities) -> frozenset[str]:
+    """The fields of a spec that this node honours, by the names of `api.features`."""
+    named = (*capabilities.isolation, *capabilities.limits)
+    return FEATURES | {_ABLE[name] for name in named if name in _ABLE}
 
 
 async def run_worker(
@@ -130,6 +145,7 @@ class Agent:
         self.sink = sink
         self.description = description
         self._lost = asyncio.Event()
+        self._renewer = TokenRenewer(services.host_api, runtime.live, services.data.container)
 
     @classmethod
     @asynccontextmanager
@@ -143,6 +159,7 @@ class Agent:
                         register_secret(server.secret[kind])
             data = DataDir.open(config.data_dir, node=config.node.name, takeover=takeover)
             stack.callback(data.close)
+            host_api = HostApi.open(config.host_api, node=data.node, data_root=data.root)
             journal = await Journal.open(
                 data.journal_path, node=data.node, expected_epoch=data.epoch, takeover=takeover
             )
@@ -151,12 +168,16 @@ class Agent:
             driver = platform_driver()
             images = ImageStore.open(data.images, driver)
             stack.callback(images.close)
+            subjects = Subjects()
+            sink = LateSink()
+            secrets = SecretFiles(Path(config.secrets.dir) if config.secrets.dir else data.secrets)
+            puller = Puller(images, config, secrets, tell=sink.publish_progress_of(subjects, data.node))
+            stack.push_async_callback(puller.close)
             threads = ThreadPoolExecutor(THREADS, thread_name_prefix="runtime")
             stack.callback(threads.shutdown)
-            subjects = Subjects()
             launcher = await Launcher.attach(data)
-            sink = LateSink()
             slots = config.node.slots or os.cpu_count() or 1
+            features = features_of(driver.capabilities())
             services = Services(
                 config=config,
                 node=data.node,
@@ -165,6 +186,7 @@ class Agent:
                 data=data,
                 driver=driver,
                 images=images,
+                puller=puller,
                 logs=LogShipper(
                     sink=sink,
                     journal=journal,
@@ -174,10 +196,11 @@ class Agent:
                     ack_output=lambda cid, stream, offset: services.launcher.ack_output(cid, stream, offset),
                 ),
                 launcher=launcher,
-                host=_host_facts(config, data),
-                secrets=SecretFiles(Path(config.secrets.dir) if config.secrets.dir else data.secrets),
+                host=_host_facts(config, data, host_api),
+                secrets=secrets,
+                host_api=host_api,
                 boot_id=machine_boot_id() or "",
-                features=FEATURES,
+                features=features,
                 slots=slots,
                 threads=threads,
             )
@@ -189,7 +212,7 @@ class Agent:
                 boot=journal.boot,
                 insecure=not has_credentials(config.nats),
                 capabilities=driver.capabilities(),
-                features=FEATURES,
+                features=features,
                 slots=slots,
                 slots_used=runtime.live_count,
                 started_at=datetime.now(UTC),
@@ -259,6 +282,7 @@ class Agent:
                 tasks.create_task(self._watch_launcher(), name="launcher"),
                 tasks.create_task(self.services.logs.run(), name="logs"),
                 tasks.create_task(self.sampler.run(), name="stats"),
+                tasks.create_task(self._renewer.run(), name="tokens"),
                 tasks.create_task(self._housekeeping(), name="housekeeping"),
                 tasks.create_task(self._obey(setup, takeover, on_ready, stop), name="bus"),
             ]
@@ -297,7 +321,8 @@ class Agent:
             services, runtime, info=self.description.info, spawn=runtime.spawn, changed=presence.refresh
         )
         handler = CommandHandler(services, runtime, node_commands, runtime.spawn)
-        queries = Queries(services, runtime, info=self.description.info)
+        log = UnifiedLog() if services.driver.name == "darwin" else None
+        queries = Queries(services, runtime, info=self.description.info, log=log)
         self.sink.open(ChunkPublisher(bus))
         sending = asyncio.create_task(outbox.run(), name="outbox")
         try:
@@ -365,7 +390,7 @@ async def _until_cancelled(task: "asyncio.Task[None]") -> None:
     await asyncio.shield(task)
 
 
-def _host_facts(config: Config, data: DataDir) -> HostFacts:
+def _host_facts(config: Config, data: DataDir, host_api: HostApi) -> HostFacts:
     """What no container may reach, whatever a spec asks for and an operator grants."""
     ports = tuple(sorted({server.port for server in parse_servers(config.nats.url)}))
     tls = config.nats.tls
@@ -373,11 +398,17 @@ def _host_facts(config: Config, data: DataDir) -> HostFacts:
         config.nats.creds,
         config.nats.nkey,
         config.nats.token_file,
+        config.images.docker_config,
         None if tls is None else tls.key,
         config.host_api.secret_file,
-        config.host_api.socket,
         config.source,
         config.secrets.dir,
     )
     protected = tuple(os.path.realpath(f) for f in files if f)
-    return HostFacts(data_root=str(data.root), protected=protected, nats_ports=ports)
+    return HostFacts(
+        data_root=str(data.root),
+        protected=protected,
+        nats_ports=ports,
+        api_socket=host_api.socket,
+        api_tokens=host_api.mints,
+    )

@@ -23,6 +23,7 @@ from worker.config_model import (
     LEVELS,
     Config,
     HostApiConfig,
+    ImagesConfig,
     NatsConfig,
     NodeConfig,
     PolicyConfig,
@@ -37,6 +38,7 @@ __all__ = [
     "SETTINGS",
     "Config",
     "HostApiConfig",
+    "ImagesConfig",
     "NatsConfig",
     "NodeConfig",
     "PolicyConfig",
@@ -50,10 +52,16 @@ MAX_LABELS = 64
 MAX_LABEL_BYTES = 8192
 MAX_REPLICAS = 5
 MAX_SLOTS = 100_000
-MAX_SECONDS = 365 * 86400.0
+# A token says its times in whole seconds, and is renewed at half its life. One that lives long is a password.
+MIN_TTL_S = 2.0
+MAX_TTL_S = 30 * 86400.0
 
 _VARIABLES = {setting.env: setting for setting in SETTINGS}
-_NAMESPACES = tuple(f"SANDFLEET_{name}_" for name in ("NATS", "NODE", "SECRETS", "HOST_API", "POLICY"))
+_NAMESPACES = tuple(
+    f"SANDFLEET_{name}_" for name in ("NATS", "NODE", "SECRETS", "HOST_API", "IMAGES", "POLICY")
+)
+REGISTRY = re.compile(r"[a-z0-9.-]+(?::[0-9]{1,5})?")
+MAX_PARALLEL = 32
 _STREAM_PREFIX = re.compile(r"[A-Za-z0-9_-]{1,64}")
 _LOCATION = re.compile(r" - at `\$([^`]*)`$")
 
@@ -192,6 +200,7 @@ _SECTION_TYPES: dict[str, type[Section]] = {
     "node": NodeConfig,
     "secrets": SecretsConfig,
     "host_api": HostApiConfig,
+    "images": ImagesConfig,
     "policy": PolicyConfig,
 }
 _TYPES = {
@@ -306,7 +315,9 @@ _RULES: Mapping[str, Callable[[Any], None]] = {
     "node.slots": _between(1, MAX_SLOTS),
     "node.isolation": _one_of(*ISOLATIONS),
     "node.stats_interval_s": _between(0.1, 3600),
-    "host_api.ttl_s": _between(1, MAX_SECONDS),
+    "host_api.ttl_s": _between(MIN_TTL_S, MAX_TTL_S),
+    "images.plain_http": _matching(REGISTRY, "registry"),
+    "images.max_parallel": _between(1, MAX_PARALLEL),
     "policy.network": _one_of(*(level.value for level in LEVELS)),
     "policy.isolation": _one_of(*ISOLATIONS),
     "policy.max_memory": _check_size,
@@ -327,6 +338,7 @@ def _build(values: dict[str, Any], source: str, origins: dict[str, str]) -> Conf
         node=NodeConfig(**sections["node"]),
         secrets=SecretsConfig(**sections["secrets"]),
         host_api=HostApiConfig(**sections["host_api"]),
+        images=ImagesConfig(**sections["images"]),
         policy=PolicyConfig(**sections["policy"]),
         source=source,
         origins=origins,

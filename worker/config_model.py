@@ -62,14 +62,25 @@ class HostApiConfig(Section, frozen=True, kw_only=True):
     ttl_s: float = 3600.0
 
 
+class ImagesConfig(Section, frozen=True, kw_only=True):
+    """How registries are reached. `plain_http` are hosts, with the port where they have one."""
+
+    plain_http: tuple[str, ...] = ()
+    ca: str | None = None
+    docker_config: str | None = None
+    max_parallel: int = 3
+
+
 class PolicyConfig(Section, frozen=True, kw_only=True):
-    """What the node's operator grants. `secrets` maps a secret's name to patterns of services."""
+    """What the node's operator grants. `secrets` maps a secret's name to patterns of services,
+    `registry_secrets` to patterns of the registries that it may be sent to."""
 
     register_roots: tuple[str, ...] = ()
     bind_sources: tuple[str, ...] = ()
     read: tuple[str, ...] = ()
     write: tuple[str, ...] = ()
     secrets: dict[str, tuple[str, ...]] = {}
+    registry_secrets: dict[str, tuple[str, ...]] = {}
     env: tuple[str, ...] = ()
     groups: tuple[str, ...] = ()
     mach_lookup: tuple[str, ...] = ()
@@ -99,6 +110,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     node: NodeConfig = NodeConfig()
     secrets: SecretsConfig = SecretsConfig()
     host_api: HostApiConfig = HostApiConfig()
+    images: ImagesConfig = ImagesConfig()
     policy: PolicyConfig = PolicyConfig()
     source: str = ""
     origins: dict[str, str] = {}
@@ -131,7 +143,7 @@ def _addition(setting: Setting, quoted: str) -> str:
     """What to do to the setting, ending where the place is named."""
     match setting.kind:
         case Kind.GRANTS:
-            return f"add the service to {_key(quoted)}"
+            return f"add the {setting.grantee} to {_key(quoted)}"
         case Kind.LIST | Kind.PATHS:
             return f"add {quoted} to {setting.name}"
         case Kind.SIZE | Kind.COUNT:
@@ -143,7 +155,7 @@ def _line(setting: Setting, quoted: str) -> str:
     """The line of the file, as TOML."""
     match setting.kind:
         case Kind.GRANTS:
-            return f'{_key(quoted)} = ["NAME OF THE SERVICE"]'
+            return f'{_key(quoted)} = ["NAME OF THE {setting.grantee.upper()}"]'
         case Kind.LIST | Kind.PATHS:
             return f"{setting.name} = [{quoted}]"
     return f"{setting.name} = {_bare(setting, quoted)}"

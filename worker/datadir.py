@@ -1,7 +1,7 @@
 """The data directory: who owns it, what stands where, and that there is one worker to it.
 
     {root}/  worker.db  worker.lock  node.json  launcher.key  launcher.sock
-             images/  volumes/  containers/{cid}/{rootfs,tmp,state}/  spool/  secrets/
+             images/  volumes/  containers/{cid}/{rootfs,tmp,state,api}/  spool/  secrets/
 
 Directories are 0700, files 0600, all of them the worker's own user's. Whatever is not as it should be is
 either put right or refused by a Configuration error of one line that says what to do.
@@ -51,13 +51,18 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class ContainerDirs:
-    """The places of one container. The container can reach `rootfs` and `tmp`, never `state`."""
+    """The places of one container. It can reach `rootfs` and `tmp` and read `api`, but never `state`."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.rootfs = root / "rootfs"
         self.tmp = root / "tmp"
         self.state = root / "state"
+        self.api = root / "api"  # its token for the host API; made when there is one
+
+    def marker(self, instance: str) -> str:
+        """A path that nothing has and that names the instance: its sandbox, and no other, may read it."""
+        return str(self.root / f"marker-{instance}")
 
     def make(self) -> None:
         """Make all but the rootfs, which is cloned. CreateFailed when something stands in their place."""

@@ -167,6 +167,8 @@ def _exited(record: ContainerRecord, *, ended: ExitRecord) -> ContainerRecord:
         reason = None  # it outlived the signal and ended by itself
     if reason is None and ended.cpu_limit:
         reason = Reason.CPU_LIMIT
+    if reason is None and ended.memory_limit:
+        reason = Reason.MEMORY_LIMIT
     return record.with_status(
         exit_code=ended.exit_code,
         reason=reason,

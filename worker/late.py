@@ -2,12 +2,15 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
 from typing import Protocol
 
 import msgspec
 
+from schemas.events import ImageProgress
 from schemas.status import Stats
 from schemas.subjects import Subjects
+from worker.images.flight import PullProgress
 from worker.log_chunks import StoredChunk
 
 _encode = msgspec.json.Encoder().encode
@@ -35,6 +38,26 @@ class LateSink:
     async def last(self, subject: str) -> StoredChunk | None:
         publisher = await asyncio.shield(self._there)
         return await publisher.last(subject)
+
+    def publish_progress_of(self, subjects: Subjects, node: str) -> Callable[[PullProgress], Awaitable[None]]:
+        """Progress of pulls, for whoever listens now."""
+        subject = subjects.progress(node)
+
+        async def publish(progress: PullProgress) -> None:
+            if self._there.done():
+                event = ImageProgress(
+                    node=node,
+                    time=datetime.now(UTC),
+                    image=progress.image,
+                    layers=len(progress.layers),
+                    bytes_done=sum(layer.bytes_done for layer in progress.layers),
+                    bytes_total=sum(layer.bytes_total for layer in progress.layers) or None,
+                    phase=progress.phase,
+                    by_layer=progress.layers,
+                )
+                await self._there.result().publish_stats(subject, _encode(event))
+
+        return publish
 
     def publish_stats_of(self, subjects: Subjects) -> Callable[[Stats], Awaitable[None]]:
         async def publish(stats: Stats) -> None:

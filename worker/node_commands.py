@@ -1,7 +1,6 @@
-"""Commands of the node itself: images, one after the other in stream order, and drain and resume."""
+"""Commands of the node itself: images, in stream order but for pulls side by side, and drain and resume."""
 
 import asyncio
-from collections import deque
 from collections.abc import Callable, Coroutine
 from functools import partial
 from typing import Any
@@ -19,7 +18,7 @@ from schemas.commands import (
     TagImage,
 )
 from schemas.errors import ContractError, Unsupported
-from schemas.events import ImageAction, ImageChanged, NodeChanged
+from schemas.events import ImageAction, NodeChanged
 from schemas.node import NodeInfo, NodeState
 from worker.errors import Conflict, DeadlineExceeded, Internal
 from worker.ids import new_ulid
@@ -28,7 +27,7 @@ from worker.journal import EventHead, Tx
 from worker.lifecycle import LIVE
 from worker.runtime import Runtime
 from worker.services import Services
-from worker.work import Work, now_utc, write_completion
+from worker.work import Work, now_utc, write_completion, write_image
 
 DRAINING_KEY = "draining"
 
@@ -52,8 +51,8 @@ class NodeCommands:
         self._info = info
         self._spawn = spawn
         self._state_changed = changed
-        self._images: deque[Work] = deque()
-        self._images_busy = False
+        # Of each image command that has not ended: when it does, and whether it is a pull.
+        self._images: dict[asyncio.Event, bool] = {}
         self._resumed = asyncio.Event()
 
     def accepted(self, work: Work) -> None:
@@ -63,16 +62,21 @@ class NodeCommands:
         elif isinstance(work.command, Resume):
             self._spawn(self._finish(work, self._resume(work)), "resume")
         else:
-            self._images.append(work)
-            if not self._images_busy:
-                self._images_busy = True
-                self._spawn(self._image_lane(), "images")
+            pull = isinstance(work.command, PullImage)
+            before = [ended for ended, is_pull in self._images.items() if not (pull and is_pull)]
+            ended = asyncio.Event()
+            self._images[ended] = pull
+            self._spawn(self._in_turn(work, before, ended), f"images {work.verb}")
 
-    async def _image_lane(self) -> None:
-        while self._images:
-            work = self._images.popleft()
+    async def _in_turn(self, work: Work, before: list[asyncio.Event], ended: asyncio.Event) -> None:
+        """A pull waits for all before it but other pulls, which may take their time; the rest for all."""
+        try:
+            for earlier in before:
+                await earlier.wait()
             await self._finish(work, self._image(work))
-        self._images_busy = False
+        finally:
+            del self._images[ended]
+            ended.set()
 
     async def _finish(self, work: Work, doing: Coroutine[Any, Any, None]) -> None:
         error: ContractError
@@ -106,11 +110,12 @@ class NodeCommands:
     async def _image(self, work: Work) -> None:
         images, command = self._services.images, work.command
         if isinstance(command, PullImage):
-            self._services.check_image(command.image)
-            known = await images.pull(command.image, command.policy, command.auth)
-            await self._complete(
-                work, {"digest": known.digest}, self._changed(work, known, ImageAction.PULLED)
-            )
+            self._services.check_image(command.image, field="image")
+            pulled = await self._services.puller.pull(command.image, command.policy, command.auth)
+            result: dict[str, Any] = {"digest": pulled.image.digest}
+            if pulled.warnings:
+                result["warnings"] = list(pulled.warnings)
+            await self._complete(work, result, self._changed(work, pulled.image, ImageAction.PULLED))
         elif isinstance(command, RegisterImage):
             source = self._services.register_source(command.source_dir)
             made = await images.register(command.image, source)
@@ -130,32 +135,17 @@ class NodeCommands:
             )
         elif isinstance(command, PruneImages):
             pruned = await images.prune(set(self._runtime.images_in_use()))
+            partial_bytes = await self._services.puller.drop_partial()
             await self._complete(
                 work,
-                {"removed": len(pruned), "bytes": sum(p.bytes for p in pruned)},
+                {"removed": len(pruned), "bytes": sum(p.bytes for p in pruned) + partial_bytes},
                 *(self._changed(work, p, ImageAction.PRUNED) for p in pruned),
             )
         else:
             raise Unsupported(f"{work.verb} is not a verb of this node", field="type")
 
     def _changed(self, work: Work, image: ImageInfo, action: ImageAction) -> Write:
-        def make(head: EventHead) -> ImageChanged:
-            return ImageChanged(
-                node=head.node,
-                epoch=head.epoch,
-                boot=head.boot,
-                seq=head.seq,
-                time=head.time,
-                command_id=work.id,
-                image=image.name,
-                digest=image.digest,
-                action=action,
-                bytes=image.bytes,
-            )
-
-        return lambda tx: _ignore(
-            tx.event(self._services.subjects.image_event(tx.node), make, headers=work.headers)
-        )
+        return lambda tx: write_image(tx, self._services.subjects, work, image, action)
 
     # -- drain and resume
 
@@ -223,7 +213,3 @@ class NodeCommands:
 
         await self._complete(work, None, ready)
         self._state_changed()
-
-
-def _ignore(_: object) -> None:
-    return None

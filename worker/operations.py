@@ -1,5 +1,6 @@
 """What the container verbs do: the steps between a command that was accepted and its completion."""
 
+import asyncio
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +10,7 @@ from loguru import logger
 from schemas.commands import Create, Kill, Remove, Restart, Run, Start, Stop
 from schemas.decode import signal_number
 from schemas.errors import ContractError, Unsupported
+from schemas.events import ImageAction
 from schemas.spec import ServiceSpec, unsupported_fields
 from schemas.status import ContainerStatus, Gpu, Reason, State
 from schemas.subjects import parse_cid
@@ -16,12 +18,13 @@ from worker.container import Begin, ContainerActor
 from worker.ending import Ender
 from worker.errors import Conflict, Interrupted, NotFound, Unavailable
 from worker.ids import new_ulid
+from worker.images.model import ImageInfo
 from worker.lifecycle import LIVE, Trigger
 from worker.platform.base import SandboxPolicy
 from worker.records import ContainerRecord
 from worker.services import Services
 from worker.starting import Starter, refuse_when_draining, refuse_when_full
-from worker.work import Phase, Work, now_utc, write_completion, write_state
+from worker.work import Phase, Work, now_utc, write_completion, write_image, write_state
 
 
 class ContainerOperations:
@@ -159,7 +162,7 @@ class ContainerOperations:
         services.check_platform(spec)
         services.check_slots()
         services.check_image(spec.image.name)
-        image = await services.images.pull(spec.image.name, spec.image.pull_policy, None)
+        image = await self._image(actor, work, spec)
         dirs = services.data.container(cid)
         port = await services.launcher.reserve_port(cid)
         policy = services.make_policy(spec, cid, record.status.instance, port)
@@ -181,6 +184,32 @@ class ContainerOperations:
             ),
             ready=True,
         )
+
+    async def _image(self, actor: ContainerActor, work: Work, spec: ServiceSpec) -> ImageInfo:
+        """The spec's image, from a registry where its policy says so. A stop does not wait for that."""
+        services = self._services
+
+        async def telling() -> None:
+            await actor.update(lambda r: r.with_status(message="pulling"), work=work)
+
+        pull = asyncio.ensure_future(
+            services.puller.pull(spec.image.name, spec.image.pull_policy, on_fetch=telling)
+        )
+        overtaken = asyncio.ensure_future(work.overtaken.wait())
+        try:
+            await asyncio.wait((pull, overtaken), return_when=asyncio.FIRST_COMPLETED)
+            work.refuse_if_overtaken()
+            pulled = await pull
+        finally:
+            for task in (pull, overtaken):
+                task.cancel()
+            await asyncio.gather(pull, overtaken, return_exceptions=True)
+        if pulled.fetched:
+            await actor.update(lambda r: r.with_status(message="cloning"), work=work)
+            await services.journal.transact(
+                lambda tx: write_image(tx, services.subjects, work, pulled.image, ImageAction.PULLED)
+            )
+        return pulled.image
 
     async def _abandon(self, actor: ContainerActor, work: Work, failure: ContractError) -> None:
         """A create that failed leaves nothing."""

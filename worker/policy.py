@@ -29,10 +29,10 @@ from worker.datadir import ContainerDirs
 from worker.errors import PolicyDenied
 from worker.platform.base import (
     Device,
-    Driver,
     Limits,
     NetworkPolicy,
     PathRule,
+    Rules,
     SandboxPolicy,
     VolumeMount,
 )
@@ -54,12 +54,15 @@ class HostFacts(msgspec.Struct, frozen=True, kw_only=True):
     """What a policy must know of this machine. Paths are canonical.
 
     `protected` are files and folders that no container may ever reach: configuration, credentials, secrets.
-    `nats_ports` are those of the servers that the worker itself uses.
+    `nats_ports` are those of the servers that the worker itself uses. `api_socket` is the host API's, which every
+    container is granted; with `api_tokens` each has a folder with its token to read.
     """
 
     data_root: str
     protected: tuple[str, ...] = ()
     nats_ports: tuple[int, ...] = ()
+    api_socket: str | None = None
+    api_tokens: bool = False
     canonical: Canonical = real_path
 
 
@@ -72,15 +75,17 @@ def make_policy(
     instance: str,
     port: int | None,
     host: HostFacts,
-    driver: Driver,
+    driver: Rules,
+    run: int = 0,
     field: str = "spec",
 ) -> SandboxPolicy:
-    """The sandbox of one container. `port` is the assigned one, None when there is no container yet.
+    """The sandbox of one container. `port` is the assigned one, None when there is no container yet; `run` counts
+    its starts.
 
     Raises PolicyDenied, Unsupported or InvalidSpec, each naming the field.
     """
     maker = _Maker(spec, config, dirs, cid, instance, port, host, driver, field)
-    policy = maker.make()
+    policy = msgspec.structs.replace(maker.make(), run=run)
     missing = {gap.feature.value: gap.reason for gap in driver.not_enforced(policy)}
     for index, feature in enumerate(spec.sandbox.require):
         if feature in missing:
@@ -111,7 +116,7 @@ class _Maker:
         instance: str,
         port: int | None,
         host: HostFacts,
-        driver: Driver,
+        driver: Rules,
         field: str,
     ) -> None:
         self._spec = spec
@@ -123,7 +128,8 @@ class _Maker:
         self._host = host
         self._driver = driver
         self._field = field
-        self._protected = (host.data_root, *host.protected)
+        sockets = () if host.api_socket is None else (host.api_socket,)
+        self._protected = (host.data_root, *host.protected, *sockets)
 
     def make(self) -> SandboxPolicy:
         check_image(self._spec.image.name, self._config, field=f"{self._field}.image.name")
@@ -144,7 +150,7 @@ class _Maker:
             groups=self._groups(),
             mach_lookup=self._mach_lookup(),
             limits=self._limits(),
-            marker=f"{self._dirs.root}/marker-{self._instance}",
+            marker=self._dirs.marker(self._instance),
             require=tuple(self._spec.sandbox.require),
             tty=self._spec.tty,
             deny=self._deny(),
@@ -163,6 +169,8 @@ class _Maker:
             PathRule(str(self._dirs.rootfs), "rwx", "rootfs"),
             PathRule(str(self._dirs.tmp), "rwx", "tmp"),
         ]
+        if self._host.api_tokens:
+            rules.append(PathRule(str(self._dirs.api), "r", "host_api"))
         for volume in volumes:
             rules.append(PathRule(volume.source, "rx" if volume.readonly else "rwx", "volume"))
         for index, path in enumerate(sandbox.read):
@@ -236,11 +244,11 @@ class _Maker:
         return tuple(found)
 
     def _deny(self) -> tuple[str, ...]:
-        root = Path(self._host.data_root)
+        root = self._host.data_root.rstrip("/")
         own = ("worker.db", "worker.db-wal", "worker.db-shm", "worker.lock", "node.json", "launcher.key")
         folders = ("launcher.sock", "images", "spool", "secrets")
         return (
-            *(str(root / name) for name in (*own, *folders)),
+            *(f"{root}/{name}" for name in (*own, *folders)),
             str(self._dirs.state),
             *self._host.protected,
         )
@@ -259,9 +267,12 @@ class _Maker:
                 "network",
                 level.value,
             )
-        sockets = self._unix_sockets()
+        api = self._host.api_socket
+        sockets = (*self._unix_sockets(), *(() if api is None else (api,)))
         if level is Network.NONE:
-            return NetworkPolicy(level=level, denied_ports=self._host.nats_ports, unix_sockets=sockets)
+            return NetworkPolicy(
+                level=level, denied_ports=self._host.nats_ports, unix_sockets=sockets, api_socket=api
+            )
         binds = self._bind_ports(level)
         connects = self._connect_ports(level)
         if level is Network.LOCALHOST:
@@ -274,6 +285,7 @@ class _Maker:
             connect_ports=tuple(sorted(connects - denied)),
             denied_ports=tuple(sorted(denied)),
             unix_sockets=sockets,
+            api_socket=api,
             udp=level is not Network.LOCALHOST or uses_udp,
         )
 

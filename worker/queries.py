@@ -1,7 +1,9 @@
 """Answers to the queries of `P.rpc.<node>.<verb>`: each takes a request and gives a reply, and changes nothing."""
 
+import asyncio
 import base64
 from collections.abc import Awaitable, Callable
+from functools import cache
 from typing import Any
 
 import msgspec
@@ -10,22 +12,30 @@ from schemas import queries as q
 from schemas.errors import InvalidCommand, InvalidSpec, Unsupported
 from schemas.events import CommandCompleted
 from schemas.node import NodeInfo, NodeState
-from schemas.spec import CommandSpec
+from schemas.spec import CommandSpec, ServiceSpec
 from schemas.status import State, Stats
 from schemas.subjects import build_cid
+from worker.answers import sandbox_of
+from worker.config import Config
 from worker.entrypoint import ResolvedCommand, resolve_command
 from worker.errors import Conflict, DeadlineExceeded, NotFound
 from worker.log_query import read_lines
-from worker.platform.base import Profile, SandboxPolicy
+from worker.platform.base import ROOTED, Profile, SandboxPolicy
+from worker.platform.darwin.unified_log import LogOutput, UnifiedLog
+from worker.profile_check import Attempts, check
+from worker.profiles import NO_INSTANCE, canonical_on, granting_all, links_of
 from worker.records import ContainerRecord
+from worker.refusals import Whose, report
 from worker.runtime import Runtime, target_of
 from worker.services import Services
 from worker.supervisor import ExecRequest, ExecResult
 
 LIST_PAGE = 250
-IMPLEMENTED = frozenset(
-    {"info", "list", "state", "command", "stats", "logs", "wait", "exec", "profile", "images"}
+NO_RECORD = (
+    "no record of refusals can be read here: Linux tells them only to its audit log, which takes root and "
+    "kernel 6.15. Ask with sandfleet profile check, or run the program under strace"
 )
+IMPLEMENTED = frozenset(q.QUERY_VERBS) - {"cancel"}
 
 Query = Callable[[bytes, dict[str, str]], Awaitable[bytes]]
 
@@ -37,11 +47,19 @@ class Queries:
     """The handlers of the node's micro service."""
 
     def __init__(
-        self, services: Services, runtime: Runtime, *, info: Callable[[NodeState], NodeInfo]
+        self,
+        services: Services,
+        runtime: Runtime,
+        *,
+        info: Callable[[NodeState], NodeInfo],
+        log: UnifiedLog | None = None,
     ) -> None:
+        """`log` is a Mac's."""
         self._services = services
         self._runtime = runtime
         self._info = info
+        self._log = log
+        self._explaining = asyncio.Lock()
 
     def handlers(self) -> dict[str, Query]:
         """One for every verb of the contract; what is not built yet answers `unsupported`."""
@@ -98,7 +116,7 @@ class Queries:
         record = actor.record
         if record is None or record.status.state not in (State.RUNNING, State.STOPPING):
             raise Conflict(f"{request.container} is {actor.state}: nothing runs that could be measured")
-        target = target_of(record)
+        target = target_of(record, self._services.data.container(request.container))
         measure = self._services.measure
         sample = None if target is None or measure is None else await measure(target)
         if sample is None:
@@ -171,24 +189,80 @@ class Queries:
             path,
             volumes=policy.volumes,
             may_run=services.may_run(policy),
+            rooted=policy.isolation == ROOTED,
         )
 
     async def profile(self, request: q.ProfileRequest) -> Profile:
+        subject = self._subject(request)
+        return self._services.driver.describe(subject.policy())
+
+    async def check(self, request: q.CheckRequest) -> q.CheckReply:
+        """In a thread: a denial is followed by a dozen further profiles, to find what would allow it."""
+        return await self._services.in_thread(self._check, self._subject(request), request)
+
+    def _check(self, subject: "_Subject", request: q.CheckRequest) -> q.CheckReply:
+        driver = self._services.driver
+        return check(
+            subject.spec,
+            self._attempts(subject),
+            request.operation,
+            request.argument,
+            canonical=canonical_on("darwin" if driver.name == "darwin" else "linux"),
+            groups=driver.groups(),
+        )
+
+    def _attempts(self, subject: "_Subject") -> Attempts:
+        services = self._services
+        driver = services.driver
+        generous = msgspec.structs.replace(services.config, policy=granting_all(driver.groups()))
+        links = links_of(subject.spec, subject.policy())
+        return Attempts(
+            lambda spec: driver.describe(subject.policy(spec)),
+            lambda profile: sandbox_of(profile, driver=driver, links=links),
+            generous=lambda spec: driver.describe(subject.policy(spec, generous)),
+        )
+
+    async def denials(self, request: q.DenialsRequest) -> q.DenialsReply:
+        """One at a time: macOS takes a second or more to search its log, and the evaluator as long."""
+        if self._log is None:
+            raise Unsupported(NO_RECORD, field="verb")
+        subject = self._subject(q.ProfileRequest(container=request.container))
+        record = self._record(request.container)
+        target = target_of(record)
+        services = self._services
+        pids: tuple[int, ...] = ()
+        if target is not None:
+            pids = await services.in_thread(lambda: services.driver.processes().members(target.shim_pid))
+        whose = Whose(subject.instance, pids, record.status.started_at)
+        output = await self._log.read(subject.instance, pids=pids, last_s=request.since_s)
+        async with self._explaining:
+            return await services.in_thread(self._report, subject, output, whose)
+
+    def _report(self, subject: "_Subject", output: LogOutput, whose: Whose) -> q.DenialsReply:
+        # Made when it is needed: refusals can also be told of a spec that the node does not take any more.
+        attempts = cache(lambda: self._attempts(subject))
+        groups = self._services.driver.groups()
+        return report(output, whose, subject.spec, groups, lambda spec: attempts().with_grants(spec))
+
+    def _record(self, cid: str) -> ContainerRecord:
+        record = self._runtime.known(cid).record
+        if record is None:
+            raise NotFound(f"there is no container {cid}", field="container")
+        return record
+
+    def _subject(self, request: q.ProfileRequest) -> "_Subject":
+        """The container that is there, or what the request's spec would be."""
         services = self._services
         if request.container is not None:
-            actor = self._runtime.known(request.container)
-            record = actor.record
-            if record is None:
-                raise NotFound(f"there is no container {request.container}", field="container")
-            spec, cid = record.spec, request.container
-            instance, port = record.status.instance, record.status.port
-        else:
-            if request.spec is None or request.service is None:
-                raise InvalidCommand("give a container, or a service and a spec", field="container")
-            spec, cid = request.spec, build_cid(request.service, request.replica)
-            instance, port = "0" * 26, None
-        policy: SandboxPolicy = services.make_policy(spec, cid, instance, port)
-        return services.driver.describe(policy)
+            record = self._record(request.container)
+            status = record.status
+            return _Subject(
+                services, record.spec, request.container, status.instance, status.port, status.run
+            )
+        if request.spec is None or request.service is None:
+            raise InvalidCommand("give a container, or a service and a spec", field="container")
+        cid = build_cid(request.service, request.replica)
+        return _Subject(services, request.spec, cid, NO_INSTANCE, None)
 
     async def images(self, request: q.ImagesRequest) -> q.ImagesReply:
         listed = self._services.images.list(self._runtime.images_in_use())
@@ -203,6 +277,23 @@ class Queries:
                 )
                 for i in listed
             ]
+        )
+
+
+class _Subject(msgspec.Struct, frozen=True):
+    """What a question about a sandbox is about."""
+
+    services: Services
+    spec: ServiceSpec
+    cid: str
+    instance: str
+    port: int | None
+    run: int = 0
+
+    def policy(self, spec: ServiceSpec | None = None, config: Config | None = None) -> SandboxPolicy:
+        """Of its spec, or of a changed one, on this node or one that grants something else."""
+        return self.services.make_policy(
+            self.spec if spec is None else spec, self.cid, self.instance, self.port, self.run, config=config
         )
 
 

@@ -1,4 +1,4 @@
-"""Keeps values that were registered as secret out of every log line."""
+"""Keeps values that were registered as secret, and whatever is a signed token, out of every log line."""
 
 import json
 import re
@@ -9,6 +9,10 @@ from urllib.parse import quote
 
 HIDDEN = "[secret]"
 _SHORTEST_LINE = 8
+# A JWT: three parts of base64url, the first two of which are JSON objects, hence `eyJ`. Known by its looks: each
+# container has several, and a pattern of all of them would have to be compiled anew at each renewal.
+_JSON = "eyJ"
+_JWT = re.compile(r"eyJ[A-Za-z0-9_-]{8,}\.eyJ[A-Za-z0-9_-]*\.[A-Za-z0-9_-]{20,}")
 
 
 class Redactor:
@@ -32,7 +36,9 @@ class Redactor:
             self._compile()
 
     def scrub(self, text: str) -> str:
-        return text if self._pattern is None else self._pattern.sub(HIDDEN, text)
+        if self._pattern is not None:
+            text = self._pattern.sub(HIDDEN, text)
+        return _JWT.sub(HIDDEN, text) if _JSON in text else text
 
     def _compile(self) -> None:
         # The longest first: a secret may begin with another one.

@@ -16,6 +16,7 @@ from schemas.commands import ContainerCommand, Remove
 from schemas.node import NodeState
 from schemas.status import ContainerStatus, Reason, State
 from worker.container import ContainerActor
+from worker.datadir import ContainerDirs
 from worker.errors import NotFound, Unavailable
 from worker.ids import new_ulid
 from worker.journal import Tx
@@ -28,6 +29,7 @@ from worker.supervisor import ExitRecord, LaunchedContainer
 from worker.work import Work, now_utc
 
 DEATH_TIMEOUT_S = 3.0
+LEFTOVERS_TIMEOUT_S = 10.0
 DEATH_POLL_S = 0.02
 
 
@@ -96,12 +98,17 @@ class Runtime:
     def statuses(self) -> list[ContainerStatus]:
         return [a.status for a in self.containers()]
 
+    def live(self) -> list[ContainerStatus]:
+        """Of everything that starts, runs or stops."""
+        return [a.status for a in self._actors.values() if a.state in LIVE]
+
     def live_count(self) -> int:
         return sum(1 for a in self._actors.values() if a.state in LIVE)
 
     def targets(self) -> list[Target]:
         """Everything that runs, for the sampler."""
-        found = (target_of(a.record) for a in self._actors.values() if a.record is not None)
+        places = self.services.data.container
+        found = (target_of(a.record, places(a.cid)) for a in self._actors.values() if a.record is not None)
         return [target for target in found if target is not None]
 
     def images_in_use(self) -> Counter[str]:
@@ -233,6 +240,7 @@ class Runtime:
             return
         if record.boot_id == self.services.boot_id:
             await self._await_death(record)
+            await self._end_leftovers(actor.cid, record.status.instance)
         self.services.incomplete_logs(actor.cid, record.status.instance, record.status.run)
         await self.ender.lose(actor, reason, message)
         if record.spec.lifecycle.delete_on_exit:
@@ -252,6 +260,13 @@ class Runtime:
                         os.kill(pid, signal.SIGKILL)
                 deadline = loop.time() + DEATH_TIMEOUT_S
             await asyncio.sleep(DEATH_POLL_S)
+
+    async def _end_leftovers(self, cid: str, instance: str) -> None:
+        """Launcher and shim may have been killed at one stroke, with nobody left to end the rest."""
+        services = self.services
+        marker = services.data.container(cid).marker(instance)
+        if not await services.in_thread(services.driver.end_leftovers, marker, LEFTOVERS_TIMEOUT_S):
+            logger.error("processes of {} outlive their launcher and cannot be ended", cid)
 
     async def launcher_lost(self) -> None:
         """The launcher died and its containers with it: report each, then go on with a new launcher."""
@@ -314,8 +329,8 @@ class Runtime:
         return NodeState.DRAINING if self.live_count() else NodeState.DRAINED
 
 
-def target_of(record: ContainerRecord) -> Target | None:
-    """What to measure for a container that runs; None for one that does not."""
+def target_of(record: ContainerRecord, dirs: ContainerDirs | None = None) -> Target | None:
+    """What to measure for a container that runs; None for one that does not. `dirs` are its places."""
     status = record.status
     if status.state not in (State.RUNNING, State.STOPPING):
         return None
@@ -328,6 +343,7 @@ def target_of(record: ContainerRecord) -> Target | None:
         shim_pid=record.shim_pid,
         shim_start=record.shim_start,
         memory_limit=status.memory_limit,
+        marker="" if dirs is None else dirs.marker(status.instance),
     )
 
 

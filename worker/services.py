@@ -16,23 +16,24 @@ from schemas.status import ContainerStatus, Stats
 from schemas.subjects import Subjects
 from worker.config import Config
 from worker.datadir import ContainerDirs, DataDir
-from worker.entrypoint import runnable
+from worker.entrypoint import runnable, shown
 from worker.errors import CreateFailed, PolicyDenied, PullFailed, ResourceExhausted, Unsupported
 from worker.host_api import HostApi
 from worker.ids import new_ulid
 from worker.images.model import ImageConfig, oci_platform
+from worker.images.pull import Puller
 from worker.images.store import ImageStore
 from worker.images.trees import remove_tree
 from worker.journal import Journal
 from worker.logs import LogShipper, write_incomplete_eof
-from worker.platform.base import Driver, SandboxPolicy
+from worker.platform.base import ROOTED, Driver, SandboxPolicy
 from worker.policy import HostFacts, check_image, make_policy
 from worker.policy_paths import Forbidden, Missing, NotGranted, granted_path
 from worker.records import ContainerRecord
 from worker.secret_files import SecretFiles
 from worker.stats import Target
 from worker.supervisor import ExitRecord, Launcher, read_exit_record
-from worker.volumes import mount_volumes
+from worker.volumes import make_sources, mount_volumes
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -52,6 +53,7 @@ class Services:
     data: DataDir
     driver: Driver
     images: ImageStore
+    puller: Puller
     logs: LogShipper
     launcher: Launcher
     host: HostFacts
@@ -78,22 +80,35 @@ class Services:
 
     # -- policy
 
-    def make_policy(self, spec: ServiceSpec, cid: str, instance: str, port: int | None) -> SandboxPolicy:
-        """The container's sandbox under the node's policy of now: a grant that was taken back counts."""
+    def make_policy(
+        self,
+        spec: ServiceSpec,
+        cid: str,
+        instance: str,
+        port: int | None,
+        run: int = 0,
+        *,
+        config: Config | None = None,
+    ) -> SandboxPolicy:
+        """The container's sandbox under the node's policy of now: a grant that was taken back counts.
+
+        With `config`, under that of a node that grants something else.
+        """
         return make_policy(
             spec,
-            config=self.config,
+            config=self.config if config is None else config,
             dirs=self.data.container(cid),
             cid=cid,
             instance=instance,
             port=port,
             host=self.host,
             driver=self.driver,
+            run=run,
         )
 
     def policy_of(self, record: ContainerRecord) -> SandboxPolicy:
         status = record.status
-        return self.make_policy(record.spec, status.container, status.instance, status.port)
+        return self.make_policy(record.spec, status.container, status.instance, status.port, status.run)
 
     def plan(self, policy: SandboxPolicy) -> dict[str, Any]:
         """The launcher's plan for a policy, kept per instance while the policy is the same."""
@@ -105,13 +120,15 @@ class Services:
         return plan
 
     def may_run(self, policy: SandboxPolicy) -> Callable[[str], bool]:
-        """Whether the sandbox lets a host file run. The system's folders are looked up once."""
+        """See `resolve_command`. The system's folders are looked up once."""
+        if policy.isolation == ROOTED:
+            return shown(policy, self.driver.search_dirs(policy))
         if self._search_dirs is None:
             self._search_dirs = self.driver.search_dirs()
         return runnable(policy, self._search_dirs)
 
-    def check_image(self, name: str) -> None:
-        check_image(name, self.config)
+    def check_image(self, name: str, *, field: str = "spec.image.name") -> None:
+        check_image(name, self.config, field=field)
 
     def check_platform(self, spec: ServiceSpec) -> None:
         """Raises Unsupported for a spec that asks for another system or processor."""
@@ -164,7 +181,10 @@ class Services:
     ) -> None:
         """What stands in `state/` for a person to read, and the volumes' places in the rootfs."""
         try:
-            mount_volumes(policy.volumes, dirs.rootfs)
+            if policy.isolation == ROOTED:
+                make_sources(policy.volumes)
+            else:
+                mount_volumes(policy.volumes, dirs.rootfs)
             _write(dirs.state / "config.json", _encode(record.spec))
             profile = self.driver.describe(policy)
             name = "sandbox.sb" if profile.language == "sbpl" else "sandbox.json"

@@ -31,7 +31,8 @@ class Kind(StrEnum):
 
 
 class Setting(msgspec.Struct, frozen=True, kw_only=True):
-    """`default` is for the reader; the struct in `worker.config` has the real one."""
+    """`default` is for the reader; the struct in `worker.config` has the real one. `grantee` is what the
+    lists of a map of lists name."""
 
     key: str
     kind: Kind
@@ -39,6 +40,7 @@ class Setting(msgspec.Struct, frozen=True, kw_only=True):
     default: str = ""
     flag: str | None = None
     variable: str | None = None
+    grantee: str = "service"
 
     @property
     def env(self) -> str:
@@ -126,16 +128,45 @@ SETTINGS: tuple[Setting, ...] = (
         doc="folder of the secrets, a file of mode 0600 for each",
     ),
     Setting(key="host_api.url", kind=Kind.TEXT, doc="address of the host API that containers are told"),
-    Setting(key="host_api.socket", kind=Kind.PATH, doc="socket of the host API that containers are told"),
     Setting(
-        key="host_api.secret_file", kind=Kind.PATH, doc="file with the key that signs the containers' tokens"
+        key="host_api.socket", kind=Kind.PATH, doc="its unix socket, which every container may connect to"
     ),
-    Setting(key="host_api.ttl_s", kind=Kind.SECONDS, default="3600", doc="how long such a token is good"),
+    Setting(
+        key="host_api.secret_file",
+        kind=Kind.PATH,
+        doc="file with the key that signs the containers' tokens: mode 0600, 32 bytes or more",
+    ),
+    Setting(
+        key="host_api.ttl_s",
+        kind=Kind.SECONDS,
+        default="3600",
+        doc="how long such a token is good; its file is renewed at half of that",
+    ),
+    Setting(
+        key="images.plain_http",
+        kind=Kind.LIST,
+        doc="registries (host or host:port) that are spoken to without TLS",
+    ),
+    Setting(
+        key="images.ca", kind=Kind.PATH, doc="certificates that registries may have besides the system's"
+    ),
+    Setting(
+        key="images.docker_config",
+        kind=Kind.PATH,
+        doc="a config.json of Docker's with credentials for registries, or their helpers",
+    ),
+    Setting(key="images.max_parallel", kind=Kind.COUNT, default="3", doc="layers that are fetched at a time"),
     Setting(key="policy.register_roots", kind=Kind.PATHS, doc="folders below which register_image may read"),
     Setting(key="policy.bind_sources", kind=Kind.PATHS, doc="folders below which bind mounts may begin"),
     Setting(key="policy.read", kind=Kind.PATHS, doc="folders that sandbox.read may open"),
     Setting(key="policy.write", kind=Kind.PATHS, doc="folders that sandbox.write may open"),
     Setting(key="policy.secrets", kind=Kind.GRANTS, doc="which services (patterns) may have which secret"),
+    Setting(
+        key="policy.registry_secrets",
+        kind=Kind.GRANTS,
+        grantee="registry",
+        doc="to which registries (patterns) a pull may send which secret",
+    ),
     Setting(key="policy.env", kind=Kind.LIST, doc="variables of the worker that `$E:` may read"),
     Setting(key="policy.groups", kind=Kind.LIST, doc="sandbox groups beyond the harmless ones"),
     Setting(key="policy.mach_lookup", kind=Kind.LIST, doc="Mach services (patterns) that may be looked up"),

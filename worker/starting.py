@@ -3,6 +3,7 @@
 import asyncio
 import signal
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -21,7 +22,7 @@ from worker.errors import (
     Unavailable,
 )
 from worker.lifecycle import LIVE, Trigger, next_state
-from worker.platform.base import SandboxPolicy
+from worker.platform.base import ROOTED, ROOTED_TMP, SandboxPolicy
 from worker.records import ContainerRecord, from_unix_us
 from worker.services import Services
 from worker.supervisor import LaunchedContainer, StartRequest
@@ -118,7 +119,8 @@ class Starter:
         services, status = self._services, record.status
         if policy is None:
             policy = services.policy_of(record)
-        told = services.host_api.begin(status, services.data.container(actor.cid))
+        dirs = services.data.container(actor.cid)
+        told = services.host_api.begin(status, dirs, rooted=policy.isolation == ROOTED)
         request = self.start_request(record, policy, told)
         scratch = [volume for volume in policy.volumes if volume.kind == "tmpfs"]
         if scratch:
@@ -197,6 +199,7 @@ class Starter:
         `told` are the variables of the host API that this run began with; without them it gets new ones.
         """
         services, status, spec = self._services, record.status, record.spec
+        rooted = policy.isolation == ROOTED
         plan = services.plan(policy)
         dirs = services.data.container(status.container)
         image = services.image_config(status.image_digest)
@@ -207,11 +210,11 @@ class Starter:
             cid=status.container,
             instance=status.instance,
             port=status.port,
-            tmp=dirs.tmp,
+            tmp=Path(ROOTED_TMP) if rooted else dirs.tmp,
             image=image,
             secrets=services.secrets,
             default_path=services.driver.default_path(),
-            host_api=services.host_api.variables(status, dirs) if told is None else told,
+            host_api=services.host_api.variables(status, dirs, rooted=rooted) if told is None else told,
         )
         command = resolve_command(
             spec,
@@ -220,6 +223,7 @@ class Starter:
             environment["PATH"],
             volumes=policy.volumes,
             may_run=services.may_run(policy),
+            rooted=rooted,
         )
         return StartRequest(
             cid=status.container,

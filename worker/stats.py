@@ -34,7 +34,9 @@ T = TypeVar("T")
 
 
 class Target(NamedTuple):
-    """A run to be measured: the tree below its shim, which `shim_pid` and `shim_start` name for good."""
+    """A run to be measured: the tree below its shim, which `shim_pid` and `shim_start` name for good, and who
+    holds its `marker`.
+    """
 
     container: str
     instance: str
@@ -42,6 +44,7 @@ class Target(NamedTuple):
     shim_pid: int
     shim_start: int
     memory_limit: int | None
+    marker: str = ""
 
 
 class _Last(NamedTuple):
@@ -170,7 +173,8 @@ class Sampler:
         return [(target, self._stats(table, target, self._clock())) for target in targets]
 
     def _stats(self, table: ProcessTable, target: Target, now: datetime) -> Stats | None:
-        sample = table.tree(target.shim_pid) if table.alive(target.shim_pid, target.shim_start) else None
+        alive = table.alive(target.shim_pid, target.shim_start)
+        sample = table.tree(target.shim_pid, target.marker) if alive else None
         if sample is None:
             return None
         # A process whose parent never waits for it takes its time along when it ends.
@@ -205,7 +209,7 @@ class Sampler:
             limit = target.memory_limit
             if limit is None or not table.alive(target.shim_pid, target.shim_start):
                 continue
-            used = table.memory(target.shim_pid, limit)
+            used = table.memory(target.shim_pid, limit, target.marker)
             if used is None:
                 continue
             measured.append((target, used))

@@ -43,7 +43,8 @@ class ExitRecord(msgspec.Struct, frozen=True, kw_only=True):
 
     `killed_by_us` names what of ours ended it, or was on its way to: `stop`, `kill_tree`, `signal` (a
     SIGKILL), `shutdown`; `escalated` that a stop's timeout had to kill. `lost`: its shim was killed from
-    outside, so the code may be a guess. `cpu_limit`: RLIMIT_CPU ended it.
+    outside, so the code may be a guess. `cpu_limit`: RLIMIT_CPU ended it; `memory_limit`: the kernel did,
+    for the memory of the program alone.
     """
 
     cid: str
@@ -53,6 +54,7 @@ class ExitRecord(msgspec.Struct, frozen=True, kw_only=True):
     finished_at_us: int
     started_at_us: int = 0
     cpu_limit: bool = False
+    memory_limit: bool = False
     killed_by_us: str | None = None
     escalated: bool = False
     lost: bool = False

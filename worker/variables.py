@@ -1,13 +1,14 @@
 """The environment of a container: the spec's, what that refers to, and what every container is told.
 
 From weakest to strongest: defaults (PORT, PATH, HOME, TMPDIR), the image's variables, the spec's, and the
-names that the node always sets. Nothing of the worker's own environment gets in unless the spec names it
-and the node's operator has granted that name.
+names that the node always sets, those of its host API included. Nothing of the worker's own environment gets
+in unless the spec names it and the node's operator has granted that name.
 """
 
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from schemas.spec import ServiceSpec
 from schemas.subjects import parse_cid
@@ -32,9 +33,10 @@ def build_env(
     image: ImageConfig,
     secrets: SecretReader,
     default_path: str,
+    host_api: Mapping[str, str] = MappingProxyType({}),
     environ: Mapping[str, str] = os.environ,
 ) -> dict[str, str]:
-    """Every variable of one start, in a fixed order.
+    """Every variable of one start, in a fixed order. `host_api` are those of the node's host API.
 
     PolicyDenied for a reference that the operator has not granted, StartFailed for one that leads to
     nothing, each naming `spec.env.<NAME>` and never a value.
@@ -52,6 +54,7 @@ def build_env(
     found["SANDFLEET_NODE"] = node
     found["SANDFLEET_CONTAINER"] = cid
     found["SANDFLEET_INSTANCE"] = instance
+    found.update(host_api)
     return found
 
 

@@ -10,10 +10,11 @@ import msgspec
 
 from schemas.commands import AnyCommand
 from schemas.errors import ContractError
-from schemas.events import CommandCompleted, StateChanged
+from schemas.events import CommandCompleted, ImageAction, ImageChanged, StateChanged
 from schemas.status import ContainerStatus, State
 from schemas.subjects import Subjects
 from worker.errors import Conflict
+from worker.images.model import ImageInfo
 from worker.journal import EventHead, Tx
 from worker.records import ContainerRecord, encode_record
 
@@ -118,6 +119,26 @@ def write_completion(
 
     event = tx.event(subjects.command_event(tx.node, work.container), make, headers=work.headers)
     tx.complete(work.id, _encoder.encode(event), event.time)
+
+
+def write_image(tx: Tx, subjects: Subjects, work: Work, image: ImageInfo, action: ImageAction) -> None:
+    """Write an `image_changed`."""
+
+    def make(head: EventHead) -> ImageChanged:
+        return ImageChanged(
+            node=head.node,
+            epoch=head.epoch,
+            boot=head.boot,
+            seq=head.seq,
+            time=head.time,
+            command_id=None if work.internal else work.id,
+            image=image.name,
+            digest=image.digest,
+            action=action,
+            bytes=image.bytes,
+        )
+
+    tx.event(subjects.image_event(tx.node), make, headers=work.headers)
 
 
 def write_state(

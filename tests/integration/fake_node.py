@@ -8,7 +8,7 @@ from typing import Any, Self
 import msgspec
 
 from schemas import queries as q
-from schemas.errors import ContractError, Error, ErrorCode
+from schemas.errors import ContractError, Error, ErrorCode, Unsupported
 from schemas.events import AnyEvent, CommandCompleted, CommandRejected, NodeChanged, StateChanged
 from schemas.node import ApiInfo, Capabilities, Feature, NodeInfo, NodeState, NotEnforced, Presence
 from schemas.status import ContainerStatus, Network, State, Stats
@@ -68,6 +68,7 @@ class FakeNode:
             )
         ]
         self.spec: dict[str, Any] | None = None
+        self.denials: q.DenialsReply | ContractError = Unsupported("no log of refusals here", field="verb")
         self._seq = 0
         self._service: Service | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -79,7 +80,18 @@ class FakeNode:
         self.containers = {one.container: one for one in containers}
         handlers = {
             verb: self._handler(verb)
-            for verb in ("info", "list", "state", "stats", "logs", "wait", "exec", "profile", "images")
+            for verb in (
+                "info",
+                "list",
+                "state",
+                "stats",
+                "logs",
+                "wait",
+                "exec",
+                "profile",
+                "images",
+                "denials",
+            )
         }
         self._service = await serve_queries(bus, node, handlers, version="0.1.0")
         await bus.subscribe(f"{self.subjects.prefix}.cmd.{node}.>", self._on_command)
@@ -249,6 +261,12 @@ class FakeNode:
         return q.ProfileReply(
             language="landlock", text="allow read /usr\n", params={}, policy={"a": 1}, not_enforced=[]
         )
+
+    def _denials(self, request: q.DenialsRequest) -> q.DenialsReply:
+        self._known(request.container)
+        if isinstance(self.denials, ContractError):
+            raise self.denials
+        return self.denials
 
     def _images(self, request: q.ImagesRequest) -> q.ImagesReply:
         return q.ImagesReply(images=self.images)

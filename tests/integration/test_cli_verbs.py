@@ -10,16 +10,18 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
+import msgspec
 import pytest
 
 from schemas.errors import Error, ErrorCode
 from schemas.events import NodeChanged
 from schemas.node import NodeState
-from schemas.queries import ExecReply, ImageEntry, LogLine
+from schemas.queries import DenialEntry, DenialsReply, ExecReply, ImageEntry, LogLine
 from schemas.status import State
 from worker.bus.connection import Bus
 from worker.bus.server import EmbeddedServer
 from worker.cli.app import run
+from worker.errors import Unavailable
 
 from .conftest import NatsSettings
 from .fake_node import STARTED, FakeNode, status
@@ -271,6 +273,43 @@ def test_inspect_hides_the_environment(mac: FakeNode, say: Say) -> None:
     assert say("inspect", "nope-0")[0] == 3
 
 
+def test_inspect_shows_what_the_sandbox_refused(mac: FakeNode, say: Say) -> None:
+    assert "Refused" not in say("inspect", "web-0")[1]
+    assert "denials" not in json.loads(say("inspect", "--json", "web-0")[1])
+    entry = DenialEntry(
+        time_first=STARTED,
+        time_last=STARTED,
+        count=12,
+        process="cu\x1brl",
+        pid=9,
+        operation="mach-lookup",
+        argument="com.apple.dnssd.service\r\n",
+        allow="add `dns` to sandbox.groups",
+    )
+    mac.denials = DenialsReply(denials=[entry], complete=False, note="macOS merged 3 reports")
+    code, out, _ = say("inspect", "--since", "2h", "web-0")
+    assert code == 0
+    shown = out.partition("Refused by the sandbox\n")[2].splitlines()
+    assert shown[0].startswith("   12x mach-lookup com.apple.dnssd.service    (cu\ufffdrl, pid 9, ")
+    assert shown[1].strip() == "to allow it: add `dns` to sandbox.groups"
+    assert shown[2] == "incomplete: macOS merged 3 reports"
+    asked = dict(mac.requests)["denials"]
+    assert 7190 < asked["since_s"] < 7300
+    assert json.loads(say("inspect", "--json", "web-0")[1])["denials"] == msgspec.to_builtins(mac.denials)
+
+
+def test_inspect_without_refusals_and_without_the_log(mac: FakeNode, say: Say) -> None:
+    mac.denials = DenialsReply(denials=[], complete=True, note="not every refusal is recorded")
+    out = say("inspect", "web-0")[1]
+    assert out.endswith("Refused by the sandbox\nnothing on record\nnot every refusal is recorded\n")
+    mac.denials = Unavailable("the log of macOS cannot be read")
+    code, out, err = say("inspect", "web-0")
+    assert code == 0
+    assert "127.0.0.1:20001" in out
+    assert "Refused" not in out
+    assert "what the sandbox refused is not known: the log of macOS cannot be read" in err
+
+
 def test_stats_and_a_look_of_top(mac: FakeNode, say: Say) -> None:
     code, out, _ = say("stats")
     assert code == 0
@@ -478,7 +517,7 @@ def test_images(mac: FakeNode, say: Say, tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.chdir(tmp_path)
     assert say("register", "demo:1", "build") == (0, "demo:1  sha256:cd\n", "")
     assert mac.commands[-1]["source_dir"] == str(tmp_path / "build")
-    assert say("pull", "--policy", "newer", "demo:1") == (0, "demo:1\n", "")
+    assert say("pull", "--policy", "newer", "demo:1") == (0, "demo:1  sha256:cd\n", "")
     assert mac.commands[-1]["policy"] == "newer"
     assert say("tag", "demo:1", "demo:2") == (0, "demo:2  sha256:cd\n", "")
     assert say("rmi", "-f", "demo:1", "demo:2")[0] == 0

@@ -127,7 +127,7 @@ def values(*words: str) -> list[str]:
 def test_verbs_and_their_second_words_are_offered() -> None:
     assert {"run", "ps", "profile", "secret", "dev"} <= set(values(""))
     assert values("st") == ["start", "stop", "stats"]
-    assert values("profile", "") == ["show", "check"]
+    assert values("profile", "") == ["show", "check", "diff", "lint"]
     assert values("secret", "r") == ["rm"]
     assert values("nope", "") == []
 
@@ -141,7 +141,8 @@ def test_options_choices_and_files_are_offered() -> None:
     assert values("ps", "--creds", "") == [":files"]
     assert values("register", "demo", "") == [":dirs"]
     assert values("exec", "web-0", "ls", "") == [":files"]
-    assert values("profile", "show", "--po") == ["--policy"]
+    assert values("profile", "show", "--po") == ["--policy", "--port"]
+    assert values("profile", "show", "--platform", "") == ["darwin", "linux"]
 
 
 def test_names_are_asked_for_and_nothing_is_said_without_a_server(capsys: pytest.CaptureFixture[str]) -> None:
@@ -174,7 +175,7 @@ def test_the_script_of_bash_completes(tmp_path: Path) -> None:
     said = subprocess.run(
         ["bash", "-c", script], capture_output=True, text=True, check=True, env={**os.environ, "PATH": path}
     )
-    assert said.stdout == "show check\nstop\n"
+    assert said.stdout == "show check diff lint\nstop\n"
 
 
 # -- doctor

@@ -130,8 +130,8 @@ def test_the_overview_names_every_verb(monkeypatch: pytest.MonkeyPatch) -> None:
     ("words", "message"),
     [
         (["pss"], "there is no command pss; did you mean ps?"),
-        (["profile"], "profile: say show or check"),
-        (["profile", "nope"], "profile: say show or check, not nope"),
+        (["profile"], "profile: say show or check or diff or lint"),
+        (["profile", "nope"], "profile: say show or check or diff or lint, not nope"),
         (["--nope"], "unknown option --nope"),
         (["stop"], "CONTAINER is missing"),
         (["stop", "--nope", "a-0"], "unknown option --nope"),

@@ -14,6 +14,7 @@ from worker.config import (
     SETTINGS,
     Config,
     HostApiConfig,
+    ImagesConfig,
     NatsConfig,
     NodeConfig,
     PolicyConfig,
@@ -56,6 +57,12 @@ url = "http://127.0.0.1:8080"
 socket = "/run/api.sock"
 secret_file = "jwt"
 ttl_s = "30m"
+
+[images]
+plain_http = ["registry.lan:5000"]
+ca = "registry.pem"
+docker_config = "~/config.json"
+max_parallel = 5
 
 [policy]
 register_roots = ["/srv/images/"]
@@ -158,6 +165,12 @@ def test_the_whole_file(load: Load, file: Path) -> None:
         stats_interval_s=5.0,
     )
     assert config.secrets == SecretsConfig(dir=f"{here}/secrets")
+    assert config.images == ImagesConfig(
+        plain_http=("registry.lan:5000",),
+        ca=str(file.parent / "registry.pem"),
+        docker_config=os.path.expanduser("~/config.json"),
+        max_parallel=5,
+    )
     assert config.host_api == HostApiConfig(
         url="http://127.0.0.1:8080", socket="/run/api.sock", secret_file=f"{here}/jwt", ttl_s=1800.0
     )
@@ -186,7 +199,9 @@ def test_the_whole_file(load: Load, file: Path) -> None:
 def test_the_table_is_complete_and_the_file_above_too() -> None:
     keys: list[str] = []
     sections = {"nats": NatsConfig, "node": NodeConfig, "secrets": SecretsConfig}
-    for name, section in (sections | {"host_api": HostApiConfig, "policy": PolicyConfig}).items():
+    for name, section in (
+        sections | {"host_api": HostApiConfig, "images": ImagesConfig, "policy": PolicyConfig}
+    ).items():
         for field in section.__struct_fields__:
             below = [f"tls.{part}" for part in TlsConfig.__struct_fields__] if field == "tls" else [field]
             keys += [f"{name}.{part}" for part in below]

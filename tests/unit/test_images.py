@@ -20,8 +20,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from schemas.errors import ErrorCode
-from schemas.spec import PullPolicy
 from worker.errors import (
     Configuration,
     Conflict,
@@ -766,17 +764,6 @@ class TestNames:
         assert not orphan.exists()
         await store.clone(kept.digest, tmp_path / "root")
         assert await store.prune(set()) == []
-
-    async def test_pull_by_policy(self, store: ImageStore, source: Path) -> None:
-        info = await store.register("app", source)
-        for policy in (PullPolicy.IF_NOT_PRESENT, PullPolicy.NEVER):
-            assert await store.pull("app:latest", policy, None) == info
-            with pytest.raises(PullFailed, match="not on this node"):
-                await store.pull("other", policy)
-        for policy in (PullPolicy.ALWAYS, PullPolicy.NEWER):
-            with pytest.raises(PullFailed, match=policy.value):
-                await store.pull("app", policy)
-        assert PullFailed.code is ErrorCode.PULL_FAILED
 
 
 class TestOnDisk:

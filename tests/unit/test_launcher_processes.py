@@ -1,17 +1,13 @@
 """Finding and killing trees: real small ones on Linux, imagined ones for the rest."""
 
-import ctypes
 import os
 import signal
 import socket
-import struct
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 
-from worker.launcher.darwin import DarwinSystem
 from worker.launcher.linux import LinuxSystem
 from worker.launcher.processes import Process, descends, system
 from worker.launcher.reaper import Step, TreeKiller, belonging
@@ -253,85 +249,3 @@ def test_belonging_to_a_session() -> None:
         Process(22, 21, 22, 6, True, False),
     ]
     assert {p.pid for p in belonging(members, 10)} == {10, 11, 12, 21, 22}
-
-
-# -- macOS, against a stand-in for libproc
-
-
-class FakeLibSystem:
-    def __init__(self) -> None:
-        self.table: dict[int, tuple[int, int, int, int]] = {}  # pid: (ppid, status, seconds, micros)
-
-        def proc_pidinfo(pid: int, flavor: int, arg: int, buffer: Any, size: int) -> int:
-            if pid not in self.table or flavor != 3 or arg != 0:
-                return 0
-            ppid, status, seconds, micros = self.table[pid]
-            raw = struct.pack("=5I", 0, status, 0, pid, ppid) + bytes(28 + 48 + 24)
-            raw += struct.pack("=2Q", seconds, micros)
-            ctypes.memmove(buffer, raw, size)
-            return len(raw)
-
-        def proc_listpids(kind: int, info: int, buffer: Any, size: int) -> int:
-            assert (kind, info) in ((1, 0), (4, os.getuid()))
-            pids = list(self.table)
-            if buffer is None:
-                return len(pids) * 4
-            for at, pid in enumerate(pids):
-                buffer[at] = pid
-            return len(pids) * 4
-
-        def ptrace(request: int, pid: int, address: object, data: int) -> int:
-            assert (request, pid) == (31, 0)
-            return 0
-
-        self.proc_pidinfo = proc_pidinfo
-        self.proc_listpids = proc_listpids
-        self.ptrace = ptrace
-
-
-def test_members_on_macos(monkeypatch: pytest.MonkeyPatch) -> None:
-    library = FakeLibSystem()
-    library.table = {
-        10: (1, 2, 100, 7),
-        11: (10, 2, 101, 0),
-        12: (11, 5, 102, 0),
-        13: (1, 4, 103, 0),
-        14: (13, 2, 104, 0),
-        99: (1, 2, 1, 0),
-    }
-    sessions = {13: 11, 14: 14}
-    monkeypatch.setattr(os, "getsid", lambda pid: sessions.get(pid, pid))
-    table = DarwinSystem(library)
-    assert table.find(10) == Process(10, 1, 10, 100_000_007, True, False)
-    assert table.find(12) == Process(12, 11, 12, 102_000_000, False, False)
-    assert table.find(13) == Process(13, 1, 11, 103_000_000, True, True)
-    assert table.find(77) is None
-    assert {p.pid for p in table.members(10, (), ())} == {11, 12}
-    assert {p.pid for p in table.members(10, (11,), ())} == {11, 12, 13, 14}
-    assert {p.pid for p in table.members(10, (), (11,))} == set()
-    assert table.ended(12)
-    assert not table.ended(11)
-    table.hide_memory()
-    sent: list[tuple[int, int]] = []
-    monkeypatch.setattr(os, "kill", lambda pid, signum: sent.append((pid, signum)))
-    process = table.find(11)
-    assert process is not None
-    assert table.signal(process, 9)
-    assert not table.signal(process._replace(start=5), 9)
-    assert sent == [(11, 9)]
-    assert table.cpu_limit_s(11) is None
-    assert table.grow_pipe(0, 1 << 20) == 65536
-    assert 0 < table.descriptor_limit() <= 10240
-
-
-@pytest.mark.darwin
-@pytest.mark.skipif(os.uname().sysname != "Darwin", reason="needs a Mac")
-def test_members_on_a_real_mac(tree: tuple[int, int]) -> None:
-    pid, below = tree
-    table = DarwinSystem()
-    found = {p.pid: p for p in table.members(os.getpid(), (), ())}
-    assert {pid, below} <= set(found)
-    process = table.find(pid)
-    assert process is not None
-    assert table.signal(process, signal.SIGKILL)
-    _until(lambda: table.ended(pid))

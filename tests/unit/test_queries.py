@@ -41,6 +41,7 @@ GOOD: list[tuple[str, dict[str, Any]]] = [
     ("check", {**CONTAINER, "operation": "read", "argument": "/etc/passwd"}),
     ("check", {"service": "web", "spec": SPEC, "operation": "gpu"}),
     ("images", {}),
+    ("denials", {**CONTAINER, "since_s": 600}),
     ("cancel", {"job_id": "build-7"}),
 ]
 
@@ -110,6 +111,9 @@ def test_times_come_back_in_utc() -> None:
         ("check", "operation", CONTAINER),
         ("check", "operation", {**CONTAINER, "operation": ""}),
         ("check", "argument", {**CONTAINER, "operation": "read", "argument": "a\0"}),
+        ("denials", "container", {}),
+        ("denials", "since_s", {**CONTAINER, "since_s": -1}),
+        ("denials", "since_s", {**CONTAINER, "since_s": 1e9}),
         ("cancel", "job_id", {"job_id": "A"}),
     ],
 )

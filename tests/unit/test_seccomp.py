@@ -17,6 +17,7 @@ TCP = Options(inet="tcp")
 UDP = Options(inet="udp", fastopen=True)
 ANY = Options(inet="any", fastopen=True)
 UNIX = Options(unix=True)
+GATE = Options(inet="tcp", gate=True)
 
 AF_UNIX, AF_INET, AF_INET6, AF_NETLINK, AF_PACKET, AF_ALG, AF_VSOCK = 1, 2, 10, 16, 17, 38, 40
 STREAM, DGRAM, RAW, SEQPACKET = 1, 2, 3, 5
@@ -26,7 +27,7 @@ HIGH = 1 << 32
 
 
 def run(program: bytes, arch: int, number: int, *arguments: int) -> int:
-    """The verdict: 0 to allow, else an errno. Fails on anything that the kernel's checker would refuse."""
+    """The verdict: 0 to allow, ASK, else an errno. Fails on anything that the kernel's checker would refuse."""
     code = [struct.unpack_from("=HBBI", program, at) for at in range(0, len(program), 8)]
     assert 0 < len(code) <= 4096
     data = struct.pack("<iIQ6Q", number, arch, 0, *(a & (2**64 - 1) for a in (*arguments, *[0] * 6)[:6]))
@@ -48,6 +49,8 @@ def run(program: bytes, arch: int, number: int, *arguments: int) -> int:
         elif operation == 0x06:
             if k == 0x7FFF0000:
                 return ALLOW
+            if k == 0x7FC00000:
+                return seccomp.ASK
             assert k & 0xFFFF0000 == 0x00050000, hex(k)
             return k & 0xFFFF
         else:
@@ -139,6 +142,21 @@ CASES: list[tuple[Options, str, tuple[int, ...], int]] = [
     (ANY, "socket", (AF_PACKET, RAW, 0), errno.EACCES),
     (ANY, "socket", (AF_ALG, SEQPACKET, 0), errno.EACCES),
     (ANY, "socket", (AF_VSOCK, STREAM, 0), errno.EACCES),
+    (GATE, "socket", (AF_UNIX, STREAM | CLOEXEC | NONBLOCK, 0), seccomp.ASK),
+    (GATE, "socket", (HIGH | AF_UNIX, STREAM, 0), seccomp.ASK),
+    (GATE, "socket", (AF_UNIX, DGRAM, 0), errno.EACCES),
+    (GATE, "socket", (AF_UNIX, RAW, 0), errno.EACCES),  # datagrams by another name
+    (GATE, "socket", (AF_UNIX, SEQPACKET, 0), errno.EACCES),
+    (GATE, "socket", (AF_INET, STREAM, 0), ALLOW),
+    (GATE, "socketpair", (AF_UNIX, STREAM, 0), ALLOW),
+    (GATE, "socketpair", (AF_UNIX, DGRAM, 0), errno.EACCES),
+    (GATE, "connect", (3, 0, 16), seccomp.ASK),
+    (GATE, "seccomp", (1, 0), ALLOW),  # a filter of the program's own
+    (GATE, "seccomp", (1, 8 | 1), errno.EPERM),  # with a listener
+    (GATE, "seccomp", (HIGH | 1, HIGH | 8), errno.EPERM),
+    (GATE._replace(unix=True), "socket", (AF_UNIX, DGRAM, 0), ALLOW),
+    (GATE._replace(unix=True), "connect", (3, 0, 16), ALLOW),
+    (TCP, "connect", (3, 0, 16), ALLOW),
     (TCP, "sendto", (3, 0, 0, 0x4000), ALLOW),
     (TCP, "sendto", (3, 0, 0, FASTOPEN), errno.EOPNOTSUPP),
     (TCP, "sendmsg", (3, 0, FASTOPEN | 0x4000), errno.EOPNOTSUPP),
@@ -163,7 +181,7 @@ def test_calls_that_no_rule_names_are_allowed(arch: str) -> None:
 
 
 @pytest.mark.parametrize("arch", ARCHES)
-@pytest.mark.parametrize("options", [NONE, TCP, UDP, ANY, UNIX])
+@pytest.mark.parametrize("options", [NONE, TCP, UDP, ANY, UNIX, GATE])
 def test_the_program_says_what_the_rules_say(options: Options, arch: str) -> None:
     """A plain reading of the rules, one after the other, against the search tree."""
     program = seccomp.assemble(options, arch)
@@ -205,13 +223,13 @@ def test_other_entries_and_newer_calls_do_not_exist(arch: str) -> None:
 
 
 def test_every_rule_names_known_calls_and_gives_a_reason() -> None:
-    for options in (NONE, TCP, UDP, ANY, UNIX):
+    for options in (NONE, TCP, UDP, ANY, UNIX, GATE):
         for rule in seccomp.rules(options):
             assert set(rule.calls.split()) <= NUMBERS.keys()
             assert rule.reason
     used = {
         call
-        for options in (NONE, NONE._replace(truncate=False))
+        for options in (NONE, NONE._replace(truncate=False), GATE)
         for r in seccomp.rules(options)
         for call in r.calls.split()
     }

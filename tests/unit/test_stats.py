@@ -49,15 +49,15 @@ class Machine:
 
     # -- as a process table
 
-    def tree(self, root_pid: int) -> TreeSample | None:
+    def tree(self, root_pid: int, marker: str = "") -> TreeSample | None:
         return self.trees.get(root_pid)
 
-    def memory(self, root_pid: int, limit: int | None = None) -> int | None:
+    def memory(self, root_pid: int, limit: int | None = None, marker: str = "") -> int | None:
         self.measured.append(root_pid)
         sample = self.trees.get(root_pid)
         return None if sample is None else sample.memory_bytes
 
-    def members(self, root_pid: int) -> tuple[int, ...]:
+    def members(self, root_pid: int, marker: str = "") -> tuple[int, ...]:
         return ()
 
     def alive(self, pid: int, start_time: int) -> bool:

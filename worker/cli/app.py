@@ -71,8 +71,14 @@ VERBS: dict[str, tuple[Verb, ...]] = {
         Verb("info", "nodes_cmd", "Describe a node: machine, sandbox, what it cannot enforce."),
         Verb("drain", "nodes_cmd", "Let a node finish: no new work."),
         Verb("resume", "nodes_cmd", "Let a drained node accept work again."),
-        Verb("profile show", "profile_cmd", "Show the sandbox of a container."),
-        Verb("profile check", "profile_cmd", "Ask whether a container's sandbox allows an operation."),
+    ),
+    "Sandboxes": (
+        Verb("profile show", "profile_cmd", "Show the sandbox of a container, or the one a spec would have."),
+        Verb("profile check", "profile_cmd", "Ask whether a sandbox allows an operation, and what would."),
+        Verb("profile diff", "profile_diff_cmd", "Compare what two sandboxes decide.", connects=False),
+        Verb(
+            "profile lint", "profile_lint_cmd", "Look for grants too broad, dead or at odds.", connects=False
+        ),
     ),
     "This machine": (
         Verb("dev", "dev", "Run a server and a worker here, to try things out.", connects=False, json=False),

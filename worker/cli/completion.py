@@ -158,7 +158,7 @@ def _positional_words(parser: Parser, words: list[str]) -> list[str]:
 
 
 def _of_kind(kind: str | None, last: str, before: list[str]) -> list[str]:
-    if kind == "file":
+    if kind == "file" or (kind == "target" and ("--platform" in before or "." in last or "/" in last)):
         return [":files"]
     if kind == "dir":
         return [":dirs"]

@@ -4,6 +4,7 @@ import asyncio
 from typing import Any
 
 from schemas.node import NodeState, NotEnforced
+from schemas.queries import DenialsReply
 from schemas.status import ContainerStatus, State, Stats
 from worker.bus.failures import NoAnswer, NoResponders
 from worker.cli.app import OK
@@ -11,7 +12,8 @@ from worker.cli.context import Context, Target
 from worker.cli.human import exit_name, now, since_cell, size, span, stamp, state_cell
 from worker.cli.lifecycle_cmd import find_all
 from worker.cli.output import Cell, Column, Row
-from worker.cli.parser import Namespace, Parser, pair
+from worker.cli.parser import Namespace, Parser, pair, when
+from worker.cli.refusals import ask_refusals, show_refusals
 from worker.cli.style import clean
 from worker.client import Detail, FleetClient
 from worker.errors import Conflict, ContractError
@@ -139,6 +141,13 @@ async def list_all(
 def options_inspect(parser: Parser) -> None:
     parser.argument("containers", metavar="CONTAINER", nargs="+", complete="container")
     parser.argument("--show-env", action="store_true", help="show the values of the environment too")
+    parser.argument(
+        "--since",
+        type=when,
+        metavar="TIME",
+        help="how far back to look for what the sandbox refused (a Mac's log): a time or an age such as 10m; "
+        "else to the newest start, an hour at most",
+    )
     parser.example("sandfleet inspect web-0")
     parser.example("sandfleet inspect --json web-0 | jq .port")
 
@@ -148,19 +157,24 @@ async def verb_inspect(context: Context, args: Namespace) -> int:
         targets, code = await find_all(context, fleet, args.containers)
         for number, target in enumerate(targets):
             detail = await fleet.detail(target.node, target.cid)
+            refused = await ask_refusals(context, fleet, target, detail, args.since)
             if context.out.as_json:
-                context.out.json_line(_shown(target, detail, show_env=args.show_env))
+                context.out.json_line(_shown(target, detail, refused, show_env=args.show_env))
                 continue
             if number:
                 context.out.line()
             await _describe(context, fleet, target, detail, show_env=args.show_env)
+            if refused is not None:
+                show_refusals(context.out, refused)
     return code
 
 
-def _shown(target: Target, detail: Detail, *, show_env: bool) -> dict[str, Any]:
+def _shown(target: Target, detail: Detail, refused: DenialsReply | None, *, show_env: bool) -> dict[str, Any]:
     import msgspec
 
     plain: dict[str, Any] = {"node": target.node, **msgspec.to_builtins(detail)}
+    if refused is not None:
+        plain["denials"] = msgspec.to_builtins(refused)
     if plain.get("spec") is None:
         plain.pop("spec", None)
     elif not show_env and plain["spec"].get("env"):

@@ -101,6 +101,10 @@ class _Dev:
         policy = config.policy
         if "policy.register_roots" not in config.origins:
             policy = msgspec.structs.replace(policy, register_roots=(os.getcwd(),))
+        if "policy.images" not in config.origins:
+            # A registry on this machine is this user's own.
+            images = (*policy.images, "localhost*/*", "127.0.0.1*/*")
+            policy = msgspec.structs.replace(policy, images=images)
         return msgspec.structs.replace(config, nats=nats, policy=policy)
 
     async def _with_server(self, lock: DevLock, server: EmbeddedServer, url: str, token: str) -> None:

@@ -12,8 +12,9 @@ from worker.cli.app import OK
 from worker.cli.context import Context
 from worker.cli.failures import exit_code, sentence
 from worker.cli.human import age, now, size
-from worker.cli.output import Busy, Cell, Column
+from worker.cli.output import Cell, Column
 from worker.cli.parser import Namespace, Parser, absolute
+from worker.cli.pull_view import PullView
 from worker.cli.style import clean
 from worker.client import FleetClient, new_id
 from worker.errors import ContractError
@@ -69,26 +70,27 @@ async def verb_pull(context: Context, args: Namespace) -> int:
     command = PullImage(id=new_id(), image=args.image, policy=PullPolicy(args.policy), auth=args.auth)
     async with context.fleet() as fleet:
         node = await context.node(fleet)
-        async with context.out.busy(f"pulling {args.image}") as busy:
+        async with PullView(context.out, args.image) as view:
             progress = await fleet.bus.subscribe(
-                fleet.subjects.progress(node), lambda message: _show_progress(busy, args.image, message)
+                fleet.subjects.progress(node), lambda message: _show_progress(view, message)
             )
             try:
                 done = await fleet.command(node, None, command, on_absent=context.tell_absent)
             finally:
                 await progress.stop()
-    _tell(context, done, args.image)
+    result = done.result or {}
+    for warning in result.get("warnings", ()):
+        context.out.warning(str(warning))
+    digest = result.get("digest")
+    _tell(context, done, f"{args.image}  {digest}" if digest else args.image)
     return OK
 
 
-def _show_progress(busy: Busy, image: str, message: Message) -> None:
+def _show_progress(view: PullView, message: Message) -> None:
     try:
-        progress = msgspec.json.decode(message.data, type=ImageProgress)
+        view.show(msgspec.json.decode(message.data, type=ImageProgress))
     except msgspec.DecodeError:
         return  # not for us
-    if progress.image == image:
-        share = f" of {size(progress.bytes_total)}" if progress.bytes_total else ""
-        busy.text = f"pulling {image}: {size(progress.bytes_done)}{share}"
 
 
 def options_register(parser: Parser) -> None:

@@ -14,7 +14,7 @@ import textwrap
 from collections.abc import AsyncIterator, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO
 
 from worker.cli.style import Style, clean, colours, is_terminal, paint
 
@@ -52,7 +52,11 @@ class Output:
         self.colour = colours(self.stdout)
         self.terminal = is_terminal(self.stdout)
         self._error_colour = colours(self.stderr)
-        self._busy: Busy | None = None
+        self._busy: Clearable | None = None
+
+    def cover(self, view: "Clearable | None") -> None:
+        """Something stands on the terminal below what is printed, until None takes its place."""
+        self._busy = view
 
     def paint(self, text: str, style: Style) -> str:
         return paint(text, style, self.colour)
@@ -165,6 +169,11 @@ class Output:
             with suppress(asyncio.CancelledError):
                 await task
             busy.clear()
+
+
+class Clearable(Protocol):
+    def clear(self) -> None:
+        """Make room for a line."""
 
 
 class Busy:

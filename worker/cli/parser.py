@@ -15,7 +15,8 @@ from typing import Any, NoReturn
 from worker.cli.style import paint
 
 Namespace = argparse.Namespace
-Complete = str  # "container", "node", "image", "secret", "file", "dir"
+# "container", "target" (a container, or a spec's file), "node", "image", "secret", "file", "dir"
+Complete = str
 
 MAX_WIDTH = 100
 MIN_WIDTH = 40

@@ -10,8 +10,8 @@ import msgspec
 
 from worker.errors import Internal, NotFound
 
-from .layout import PARTIAL, Layout
-from .model import INDEX_TYPE, MANIFEST_TYPE, ImageInfo, Manifest
+from .layout import MAX_DOCUMENT_BYTES, PARTIAL, Layout
+from .model import INDEX_TYPE, MANIFEST_TYPE, ImageInfo, Tree
 from .reference import DIGEST
 from .trees import tree_size
 
@@ -35,6 +35,7 @@ class Detached:
         """Under the lock: from here on the tree is nothing but rubbish of a token."""
         token = self._trees.enter_context(layout.token())
         layout.tree_path(tree).rename(layout.partial(token))
+        layout.tree_record(tree).unlink(missing_ok=True)
 
     def delete(self) -> list[ImageInfo]:
         """Blocking, without the lock. `bytes` of each image are what its end set free."""
@@ -42,22 +43,24 @@ class Detached:
         return self.images
 
 
-def detach(layout: Layout, kept: Iterable[str], *, only: str | None = None) -> Detached:
+def detach(
+    layout: Layout, kept: Iterable[str], *, only: str | None = None, held: Iterable[str] = ()
+) -> Detached:
     """Take out all that neither the index nor the digests in `kept` reach, or of that only what `only` names.
 
-    Under the lock.
+    `held` are single blobs and trees of images on their way in. Under the lock.
     """
-    reached = _reached(layout, kept)
+    reached = _reached(layout, kept).union(held)
     gone = Detached()
     blobs = _closure(layout, only) if only is not None else _blobs(layout)
     trees = [tree for tree in _trees(layout) if tree not in reached and (only is None or tree in blobs)]
     unclaimed = dict.fromkeys(trees)
     for digest in sorted(blobs - reached):
-        manifest = _native(layout, digest)
-        if manifest is None:
+        image = _tree(layout, digest)
+        if image is None:
             continue
-        size = manifest.bytes if manifest.tree in unclaimed else 0
-        unclaimed.pop(manifest.tree, None)
+        size = image.bytes if image.digest in unclaimed else 0
+        unclaimed.pop(image.digest, None)
         gone.images.append(_info(digest, size))
     # A crash between placing a tree and naming it.
     gone.images += [_info(tree, tree_size(layout.tree_path(tree)).bytes) for tree in unclaimed]
@@ -92,6 +95,9 @@ def _closure(layout: Layout, digest: str, media_type: str = MANIFEST_TYPE) -> se
     found = {digest}
     if media_type not in _MANIFEST_TYPES:
         return found
+    tree = _tree(layout, digest)
+    if tree is not None:
+        found.add(tree.digest)
     for child in _children(layout, digest):
         if child.get("digest") not in found:
             found |= _closure(layout, str(child.get("digest")), str(child.get("mediaType")))
@@ -100,7 +106,8 @@ def _closure(layout: Layout, digest: str, media_type: str = MANIFEST_TYPE) -> se
 
 def _children(layout: Layout, digest: str) -> list[dict[str, Any]]:
     try:
-        document = msgspec.json.decode(layout.blob_path(digest).read_bytes())
+        with layout.blob_path(digest).open("rb") as file:
+            document = msgspec.json.decode(file.read(MAX_DOCUMENT_BYTES))
     except (FileNotFoundError, msgspec.DecodeError, RecursionError):
         return []
     if not isinstance(document, dict):
@@ -125,16 +132,16 @@ def _trees(layout: Layout) -> list[str]:
     return [digest for digest in digests if DIGEST.fullmatch(digest)]
 
 
-def _native(layout: Layout, digest: str) -> Manifest | None:
+def _tree(layout: Layout, digest: str) -> Tree | None:
+    """The tree of a blob that is an image's manifest."""
     try:
         head = layout.blob_path(digest).open("rb")
     except FileNotFoundError:
         return None
     with head:
         if head.read(1) != b"{":
-            return None  # a listing, which may be long
+            return None  # a listing or a layer, which may be long
     try:
-        manifest = layout.manifest(digest)
+        return layout.tree_of(digest)
     except (NotFound, Internal):
         return None
-    return manifest if manifest.native else None

@@ -2,7 +2,7 @@
 
     images/
       oci-layout  index.json            names -> manifest digests blobs/sha256/<hex>
-      manifests, configs, tree listings rootfs/<hex of the tree's digest>/ rootfs/.partial-<token>/
+      manifests, configs, tree listings, layers rootfs/<hex of the tree's digest>/ rootfs/.partial-<token>/
       a tree on its way in or out staging/<token>.lock, <token>     held while a token is in use; what
       nobody holds is swept at the next open
 
@@ -25,12 +25,15 @@ import msgspec
 
 from worker.errors import Configuration, Internal, NotFound
 
-from .model import ConfigDocument, Index, Manifest
+from .chain import chain_id
+from .model import ConfigDocument, Index, Manifest, Tree
 from .reference import DIGEST
-from .trees import remove_tree
+from .trees import remove_tree, tree_size
 
 OCI_LAYOUT = b'{"imageLayoutVersion":"1.0.0"}'
 PARTIAL = ".partial-"
+# A layer of a registry's image may begin like a document.
+MAX_DOCUMENT_BYTES = 16 << 20
 
 _FOLDERS = (".", "blobs", "blobs/sha256", "rootfs", "staging")
 
@@ -43,6 +46,7 @@ class Layout:
         self._thread_lock = threading.RLock()
         self._lock_fd = -1
         self._manifests: dict[str, Manifest] = {}
+        self._trees: dict[str, Tree] = {}
         self._index: tuple[tuple[int, int, int], Index] | None = None
 
     @classmethod
@@ -202,9 +206,45 @@ class Layout:
     def config(self, digest: str) -> ConfigDocument:
         return self._document(digest, ConfigDocument)
 
+    def tree_of(self, digest: str) -> Tree:
+        """The tree of the image with this manifest, which need not be there. Raises as `manifest` does."""
+        known = self._trees.get(digest)
+        if known is None:
+            manifest = self.manifest(digest)
+            if manifest.native:
+                known = Tree(digest=manifest.tree, bytes=manifest.bytes, entries=manifest.entries)
+            else:
+                known = self._pulled_tree(chain_id(self.config(manifest.config.digest).rootfs))
+            self._trees[digest] = known
+        return known
+
+    def _pulled_tree(self, digest: str) -> Tree:
+        try:
+            return msgspec.json.decode(self.tree_record(digest).read_bytes(), type=Tree)
+        except (FileNotFoundError, msgspec.MsgspecError):
+            path = self.tree_path(digest)
+            size = tree_size(path) if path.is_dir() else None
+            return Tree(
+                digest=digest,
+                bytes=size.bytes if size is not None else 0,
+                entries=size.entries if size is not None else 0,
+            )
+
+    def tree_record(self, digest: str) -> Path:
+        """Beside a pulled tree: its size, so that nobody need walk it."""
+        path = self.tree_path(digest)
+        return path.with_name(f"{path.name}.json")
+
+    def put_tree(self, token: str, tree: Tree) -> None:
+        """Give a finished tree its name, and its record. Under the lock."""
+        self._write(self.tree_record(tree.digest), msgspec.json.encode(tree))
+        self.place_tree(token, tree.digest)
+        self._trees.clear()
+
     def forget(self, digest: str) -> int:
         """Delete a blob; gives its size. Under the lock."""
         self._manifests.pop(digest, None)
+        self._trees.pop(digest, None)
         path = self.blob_path(digest)
         try:
             size = path.stat().st_size
@@ -216,9 +256,12 @@ class Layout:
     def _document(self, digest: str, kind: type[T]) -> T:
         path = self.blob_path(digest)
         try:
-            content = path.read_bytes()
+            with path.open("rb") as file:
+                content = file.read(MAX_DOCUMENT_BYTES + 1)
         except FileNotFoundError as failure:
             raise NotFound(f"the image store has no {digest}") from failure
+        if len(content) > MAX_DOCUMENT_BYTES:
+            raise Internal(f"the blob {path} is too large for a manifest or config")
         if hashlib.sha256(content).hexdigest() != path.name:
             raise Internal(f"the blob {path} is damaged: it has another digest than its name")
         try:

@@ -20,7 +20,10 @@ TREE_TYPE = "application/vnd.sandfleet.tree.v1"
 NATIVE = "dev.sandfleet.image.native"
 BYTES = "dev.sandfleet.image.bytes"
 ENTRIES = "dev.sandfleet.image.entries"
-# On an index entry.
+# On an index entry. PULLED marks one that came from a registry, whose manifest is the registry's own; beside it
+# the digest of the index that it was chosen from, if there was one.
+PULLED = "dev.sandfleet.image.pulled"
+FROM_INDEX = "dev.sandfleet.image.index"
 REF_NAME = "org.opencontainers.image.ref.name"
 CREATED = "org.opencontainers.image.created"
 
@@ -65,19 +68,37 @@ class Descriptor(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, 
     media_type: str
     digest: str
     size: int
-    annotations: dict[str, str] = {}
+    annotations: dict[str, str] | None = {}
+
+    @property
+    def marks(self) -> dict[str, str]:
+        return self.annotations or {}
+
+
+class Tree(msgspec.Struct, frozen=True, kw_only=True):
+    """An unpacked root: the digest it is kept under, and what a copy of it needs."""
+
+    digest: str
+    bytes: int
+    entries: int
 
 
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, rename="camel"):
     schema_version: int
-    media_type: str
+    media_type: str = ""
     config: Descriptor
     layers: list[Descriptor]
-    annotations: dict[str, str] = {}
+    annotations: dict[str, str] | None = {}
+
+    @property
+    def marks(self) -> dict[str, str]:
+        return self.annotations or {}
 
     @property
     def native(self) -> bool:
-        return NATIVE in self.annotations and len(self.layers) == 1
+        """Made here. A registry's manifest may carry the mark too, but never has such a layer."""
+        marked = NATIVE in self.marks
+        return marked and len(self.layers) == 1 and self.layers[0].media_type == TREE_TYPE
 
     @property
     def tree(self) -> str:
@@ -86,11 +107,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, re
 
     @property
     def bytes(self) -> int:
-        return int(self.annotations.get(BYTES, 0))
+        return int(self.marks.get(BYTES, 0))
 
     @property
     def entries(self) -> int:
-        return int(self.annotations.get(ENTRIES, 0))
+        return int(self.marks.get(ENTRIES, 0))
 
 
 class Index(msgspec.Struct, frozen=True, kw_only=True, rename="camel"):

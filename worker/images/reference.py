@@ -27,8 +27,8 @@ class Reference(msgspec.Struct, frozen=True):
 
     @property
     def key(self) -> str:
-        """Equal for equal images, and only for these."""
-        return f"{self.repository}:{self.tag}"
+        """Equal for equal images, and only for these. A digest says which, whatever tag stands before it."""
+        return f"{self.repository}:{self.tag}" if self.digest is None else f"{self.repository}@{self.digest}"
 
 
 def parse_reference(

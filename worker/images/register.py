@@ -124,7 +124,7 @@ class Registration:
                 os.fsync(out.fileno())
             self._check()
             if not few:
-                _sync_file_system(copied)
+                sync_file_system(copied)
         finally:
             os.close(copied)
         return listing
@@ -172,7 +172,7 @@ def _moment(ns: int) -> datetime | None:
         return None
 
 
-def _sync_file_system(fd: int) -> None:
+def sync_file_system(fd: int) -> None:
     """Bring a whole tree to the disk before anything names it.
 
     One syncfs(2) where there is one, else sync(2).

@@ -9,7 +9,7 @@ import asyncio
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -19,7 +19,6 @@ from typing import Any, TypeVar
 import msgspec
 
 from schemas.queries import ImageEntry
-from schemas.spec import PullPolicy
 from worker.clock import Clock, utc_now
 from worker.errors import Conflict, ContractError, CreateFailed, NotFound, PullFailed, ResourceExhausted
 from worker.platform.treecopy import TreeError
@@ -29,14 +28,16 @@ from .collect import detach
 from .layout import Layout, is_out_of_space
 from .model import (
     CREATED,
+    FROM_INDEX,
     MANIFEST_TYPE,
     NATIVE,
+    PULLED,
     REF_NAME,
     Descriptor,
     ImageConfig,
     ImageInfo,
     Index,
-    Manifest,
+    Tree,
 )
 from .reference import DIGEST, Reference, parse_name, parse_reference
 from .register import Built, Registration, TreeCloner
@@ -69,6 +70,7 @@ class ImageStore:
         self._clock = clock
         self._space = space
         self._pins: Counter[str] = Counter()
+        self._held: Counter[str] = Counter()
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="images")
 
     @classmethod
@@ -97,11 +99,11 @@ class ImageStore:
         found = self._find(self._layout.read_index(), name)
         if found is None:
             raise NotFound(f"no image {name} on this node", field="image")
-        return self._info(found)
+        return self.info(found)
 
     def list(self, containers: Mapping[str, int]) -> list[ImageEntry]:
         """Every name, sorted; `containers` counts those made from a digest."""
-        infos = [self._info(entry) for entry in _native(self._layout.read_index())]
+        infos = [self.info(entry) for entry in _native(self._layout.read_index())]
         return [
             ImageEntry(
                 name=info.name,
@@ -125,15 +127,15 @@ class ImageStore:
             if wanted is None:
                 if entry.digest == name:
                     return entry
-            elif _answers(_reference(entry), entry.digest, wanted):
+            elif _answers(entry, wanted):
                 return entry
         return None
 
-    def _info(self, entry: Descriptor) -> ImageInfo:
+    def info(self, entry: Descriptor) -> ImageInfo:
         return ImageInfo(
-            name=entry.annotations[REF_NAME],
+            name=entry.marks[REF_NAME],
             digest=entry.digest,
-            bytes=self._layout.manifest(entry.digest).bytes,
+            bytes=self._layout.tree_of(entry.digest).bytes,
             created_at=_created(entry),
         )
 
@@ -153,8 +155,10 @@ class ImageStore:
             made: list[ImageInfo] = []
 
             def publish(built: Built) -> None:
-                descriptor = Descriptor(media_type=MANIFEST_TYPE, digest=built.digest, size=built.size)
-                made.append(self._name(name, descriptor))
+                descriptor = Descriptor(
+                    media_type=MANIFEST_TYPE, digest=built.digest, size=built.size, annotations={NATIVE: "1"}
+                )
+                made.append(self.give_name(name, descriptor))
 
             Registration(self._layout, self._driver, self._xattrs, self._space, source, check).run(publish)
             return made[0]
@@ -170,12 +174,12 @@ class ImageStore:
                 found = self._find(self._layout.read_index(), source)
                 if found is None:
                     raise NotFound(f"no image {source} on this node", field="source")
-                return self._name(target, found)
+                return self.give_name(target, found)
 
         return await self._run(work)
 
-    def _name(self, name: str, target: Descriptor) -> ImageInfo:
-        """Under the lock."""
+    def give_name(self, name: str, target: Descriptor) -> ImageInfo:
+        """Let a name stand for an image that is here, tree and all. Under the lock of the layout."""
         index = self._layout.read_index()
         key = parse_reference(name).key
         others, created = [], self._clock()
@@ -185,30 +189,13 @@ class ImageStore:
             elif entry.digest == target.digest:
                 created = _created(entry)
         entry = Descriptor(
-            media_type=MANIFEST_TYPE,
+            media_type=target.media_type,
             digest=target.digest,
             size=target.size,
-            annotations={NATIVE: "1", REF_NAME: name, CREATED: created.isoformat()},
+            annotations={**target.marks, REF_NAME: name, CREATED: created.isoformat()},
         )
         self._layout.write_index(Index(manifests=[*others, msgspec.to_builtins(entry)]))
-        return self._info(entry)
-
-    async def pull(self, name: str, policy: PullPolicy | str, auth: str | None = None) -> ImageInfo:
-        """What the policy allows to be taken from here; nothing is fetched, as no registry is known yet."""
-        policy = PullPolicy(policy)
-        if policy in (PullPolicy.ALWAYS, PullPolicy.NEWER):
-            raise PullFailed(
-                f"cannot pull {name}: this version knows no registry, so the policy {policy.value} cannot be "
-                "kept; register the image and use if_not_present or never",
-                field="policy",
-            )
-        try:
-            return self.resolve(name)
-        except NotFound as failure:
-            reason = "the policy is never"
-            if policy is not PullPolicy.NEVER:
-                reason = "this version knows no registry; register it with register_image"
-            raise PullFailed(f"{name} is not on this node, and {reason}", field="image") from failure
+        return self.info(entry)
 
     # -- cloning
 
@@ -220,19 +207,19 @@ class ImageStore:
         """
 
         def work(check: Check) -> None:
-            with self._pinned(digest) as manifest:
-                self._clone(digest, manifest, dst, check)
+            with self._pinned(digest) as tree:
+                self._clone(digest, tree, dst, check)
 
         await self._run(work)
 
-    def _clone(self, digest: str, manifest: Manifest, dst: Path, check: Check) -> None:
-        tree = self._layout.tree_path(manifest.tree)
+    def _clone(self, digest: str, tree: Tree, dst: Path, check: Check) -> None:
         # A sibling: whatever deletes the container's folder after a crash deletes this too.
         staging = dst.with_name(f".{dst.name}-{os.urandom(8).hex()}")
         try:
-            self._space.check(dst.parent, manifest.bytes, manifest.entries, "the container's root")
+            self._space.check(dst.parent, tree.bytes, tree.entries, "the container's root")
             check()
-            self._space.learn(self._driver.clone_tree(tree, staging).method)
+            path = self._layout.tree_path(tree.digest)
+            self._space.learn(self._driver.clone_tree(path, staging).method)
             check()
             staging.rename(dst)
         except TreeError as failure:
@@ -243,17 +230,17 @@ class ImageStore:
             remove_tree(staging)
 
     @contextmanager
-    def _pinned(self, digest: str) -> Iterator[Manifest]:
-        """The image's manifest; its tree is deleted by nobody meanwhile."""
+    def _pinned(self, digest: str) -> Iterator[Tree]:
+        """The image's tree; it is deleted by nobody meanwhile."""
         with self._layout.locked():
-            manifest = self._layout.manifest(digest)
-            if not manifest.native:
-                raise NotFound(f"{digest} is not an image that this node can run", field="image")
-            if not self._layout.tree_path(manifest.tree).is_dir():
-                raise NotFound(f"the tree of {digest} is gone; register the image again", field="image")
+            tree = self._layout.tree_of(digest)
+            if not self._layout.tree_path(tree.digest).is_dir():
+                raise NotFound(
+                    f"the tree of {digest} is gone; pull or register the image again", field="image"
+                )
             self._pins[digest] += 1
         try:
-            yield manifest
+            yield tree
         finally:
             with self._layout.locked():
                 self._pins[digest] -= 1
@@ -274,10 +261,10 @@ class ImageStore:
                     raise NotFound(f"no image {name} on this node", field="image")
                 if found.digest in in_use and not force:
                     raise Conflict(f"{name} is used by a container; `force` removes the name all the same")
-                info = self._info(found)
+                info = self.info(found)
                 kept = [raw for raw, entry in _entries(index) if entry != found]
                 self._layout.write_index(Index(manifests=kept))
-                gone = detach(self._layout, self._needed(in_use), only=found.digest)
+                gone = detach(self._layout, self._needed(in_use), only=found.digest, held=self._held_now())
             gone.delete()
             return info
 
@@ -291,13 +278,40 @@ class ImageStore:
 
         def work(check: Check) -> Infos:
             with self._layout.locked():
-                gone = detach(self._layout, self._needed(in_use))
+                gone = detach(self._layout, self._needed(in_use), held=self._held_now())
             return gone.delete()
 
         return await self._run(work)
 
     def _needed(self, in_use: set[str]) -> set[str]:
         return in_use | {digest for digest, count in self._pins.items() if count > 0}
+
+    # -- for images on their way in
+
+    @property
+    def layout(self) -> Layout:
+        return self._layout
+
+    def hold(self, digests: Iterable[str]) -> None:
+        """Keep single blobs and trees from being deleted before anything names them. Blocking."""
+        with self._layout.locked():
+            self._held.update(digests)
+
+    def release(self, digests: Iterable[str]) -> None:
+        with self._layout.locked():
+            self._held.subtract(digests)
+            self._held = +self._held
+
+    def _held_now(self) -> set[str]:
+        return set(self._held)
+
+    def find(self, name: str) -> Descriptor | None:
+        """The entry of a name, if its tree is there to be cloned. What was registered no registry can replace."""
+        found = self._find(self._layout.read_index(), name)
+        if found is None or NATIVE in found.marks:
+            return found
+        tree = self._layout.tree_of(found.digest)
+        return found if self._layout.tree_path(tree.digest).is_dir() else None
 
     # -- threads
 
@@ -335,7 +349,8 @@ def _entries(index: Index) -> Iterator[tuple[dict[str, Any], Descriptor | None]]
         except msgspec.ValidationError:
             yield raw, None
             continue
-        named = NATIVE in entry.annotations and REF_NAME in entry.annotations
+        ours = NATIVE in entry.marks or PULLED in entry.marks
+        named = ours and REF_NAME in entry.marks
         yield raw, entry if named and DIGEST.fullmatch(entry.digest) else None
 
 
@@ -344,18 +359,21 @@ def _native(index: Index) -> list[Descriptor]:
 
 
 def _reference(entry: Descriptor) -> Reference:
-    return parse_reference(entry.annotations[REF_NAME])
+    return parse_reference(entry.marks[REF_NAME])
 
 
-def _answers(known: Reference, digest: str, wanted: Reference) -> bool:
+def _answers(entry: Descriptor, wanted: Reference) -> bool:
+    """A digest may be the manifest's or that of the index which it was chosen from."""
+    known = _reference(entry)
     if wanted.digest is not None:
-        return wanted.digest == digest and wanted.repository == known.repository
+        digests = (entry.digest, entry.marks.get(FROM_INDEX))
+        return wanted.digest in digests and wanted.repository == known.repository
     return wanted.key == known.key
 
 
 def _created(entry: Descriptor) -> datetime:
     try:
-        return datetime.fromisoformat(entry.annotations.get(CREATED, ""))
+        return datetime.fromisoformat(entry.marks.get(CREATED, ""))
     except ValueError:
         return _NEVER
 

@@ -193,7 +193,7 @@ def _open_to_delete(parent: int, name: str) -> int:
     try:
         fd = os.open(name, OPEN_DIRECTORY, dir_fd=parent)
     except PermissionError:
-        _make_accessible(parent, name)
+        make_accessible(parent, name)
         fd = os.open(name, OPEN_DIRECTORY, dir_fd=parent)
     found = os.fstat(fd)
     if found.st_mode & stat.S_IRWXU != stat.S_IRWXU and found.st_uid == os.geteuid():
@@ -201,7 +201,7 @@ def _open_to_delete(parent: int, name: str) -> int:
     return fd
 
 
-def _make_accessible(parent: int, name: str) -> None:
+def make_accessible(parent: int, name: str) -> None:
     """chmod of a directory that cannot be opened, and never of what a link planted in its place leads to."""
     if not _O_PATH:
         os.chmod(name, 0o700, dir_fd=parent, follow_symlinks=False)

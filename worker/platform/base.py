@@ -17,12 +17,17 @@ from schemas.status import Gpu, Network
 
 Access = Literal["r", "rx", "rw", "rwx"]
 
+# The isolation in which a container has a root of its own, and where its tmp and its token are in there.
+ROOTED = "rootfs"
+ROOTED_TMP = "/tmp"
+ROOTED_API = "/run/sandfleet"
+
 
 class PathRule(msgspec.Struct, frozen=True):
     """A canonical absolute host path and what may be done there: read, write, execute (and map).
 
     A directory stands for everything below it. `origin` says what asked for it: `rootfs`, `tmp`, `volume`,
-    `sandbox.read`, `sandbox.write`, `device`, `system`.
+    `sandbox.read`, `sandbox.write`, `device`, `host_api`, `system`.
     """
 
     path: str
@@ -37,7 +42,7 @@ class NetworkPolicy(msgspec.Struct, frozen=True, kw_only=True):
     `localhost` (with 53, 80 and 443) and, for `outbound`, what loopback may be asked for. `denied_ports`
     (the NATS server's) are in neither list and beat both. `udp` is set where UDP sockets are part of the
     level: `outbound`, `full`, and `localhost` for an endpoint whose protocol is udp. `unix_sockets` are
-    socket paths granted.
+    socket paths granted; `api_socket` is that of the node's host API, one of them.
     """
 
     level: Network = Network.NONE
@@ -45,6 +50,7 @@ class NetworkPolicy(msgspec.Struct, frozen=True, kw_only=True):
     connect_ports: tuple[int, ...] = ()
     denied_ports: tuple[int, ...] = ()
     unix_sockets: tuple[str, ...] = ()
+    api_socket: str | None = None
     udp: bool = False
 
 
@@ -91,11 +97,13 @@ class SandboxPolicy(msgspec.Struct, frozen=True, kw_only=True):
     Paths are canonical. `paths` holds every grant (rootfs, tmp, volumes, `sandbox.read` …) beyond what all
     programs of the platform need, which the driver adds. `deny` are paths that must never be reachable,
     whatever is granted above them. `marker` is a path that names the instance and that only this sandbox
-    may read (macOS finds a container's processes by it).
+    may read (macOS finds a container's processes by it). `run` counts the starts, 0 before the first: where
+    the system logs denials, they bear it.
     """
 
     container: str
     instance: str
+    run: int = 0
     isolation: str = "process"
     rootfs: str
     tmp: str
@@ -156,18 +164,20 @@ class TreeSample(msgspec.Struct, frozen=True, kw_only=True):
 class ProcessTable(Protocol):
     """One snapshot of the machine's processes."""
 
-    def tree(self, root_pid: int) -> TreeSample | None:
+    def tree(self, root_pid: int, marker: str = "") -> TreeSample | None:
         """The processes descended from `root_pid` (a container's shim), itself left out; None when it is
         gone.
+
+        Where orphans do not stay below it, whoever holds the container's `marker` is found by that.
         """
 
-    def memory(self, root_pid: int, limit: int | None = None) -> int | None:
+    def memory(self, root_pid: int, limit: int | None = None, marker: str = "") -> int | None:
         """Only the memory of `tree`; None when `root_pid` is gone.
 
         With `limit`, an upper bound will do, as cheap as can be had, unless it lies above the limit.
         """
 
-    def members(self, root_pid: int) -> tuple[int, ...]:
+    def members(self, root_pid: int, marker: str = "") -> tuple[int, ...]:
         """The pids of that tree."""
 
     def alive(self, pid: int, start_time: int) -> bool:
@@ -176,13 +186,13 @@ class ProcessTable(Protocol):
         """
 
 
-class Driver(Protocol):
-    """One per platform, chosen by `worker.platform.driver()`."""
+class Rules(Protocol):
+    """What a platform's sandbox can do and how it says a policy: also of a platform that is not this one."""
 
     name: str
 
     def capabilities(self) -> Capabilities:
-        """What this machine can enforce. Probed once."""
+        """What the machine can enforce. Probed once."""
 
     def groups(self) -> Mapping[str, RuleGroup]:
         """The rule groups that this platform knows."""
@@ -192,12 +202,22 @@ class Driver(Protocol):
 
     def describe(self, policy: SandboxPolicy) -> Profile: ...
 
+
+class Driver(Rules, Protocol):
+    """One per platform, chosen by `worker.platform.driver()`."""
+
     def plan(self, policy: SandboxPolicy) -> dict[str, Any]:
         """JSON for the launcher's child; has at least `platform`."""
 
     def clone_tree(self, src: Path, dst: Path) -> CloneReport: ...
 
     def processes(self) -> ProcessTable: ...
+
+    def end_leftovers(self, marker: str, timeout_s: float) -> bool:
+        """End what outlived both its launcher and its shim, where the system does not; blocks.
+
+        True when nothing that holds the marker is left.
+        """
 
     def allocated_bytes(self) -> int | None:
         """A counter of all memory that the machine ever handed out, never falling; None where there is
@@ -210,5 +230,5 @@ class Driver(Protocol):
     def default_path(self) -> str:
         """The value of PATH for a container whose spec does not set it."""
 
-    def search_dirs(self) -> tuple[str, ...]:
-        """Canonical host folders from which every sandbox of this platform may execute programs."""
+    def search_dirs(self, policy: SandboxPolicy | None = None) -> tuple[str, ...]:
+        """Canonical host folders from which every sandbox of this platform may execute programs, or this one."""

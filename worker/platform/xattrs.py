@@ -9,7 +9,7 @@ from typing import Any, Protocol
 _NONE = frozenset({errno.ENOTSUP, errno.EOPNOTSUPP, errno.EPERM, errno.ENOSYS})
 
 # macOS writes these by itself, differently on each machine.
-_VOLATILE = ("com.apple.provenance", "com.apple.quarantine", "com.apple.lastuseddate", "com.apple.metadata:")
+VOLATILE = ("com.apple.provenance", "com.apple.quarantine", "com.apple.lastuseddate", "com.apple.metadata:")
 
 
 class Xattrs(Protocol):
@@ -24,6 +24,9 @@ class Xattrs(Protocol):
     def write(self, fd: int, items: list[tuple[str, bytes]]) -> None:
         """Left out silently where the file system keeps none."""
 
+    def remove(self, fd: int, names: list[str]) -> None:
+        """Of those that `read` gave."""
+
 
 class LinuxXattrs:
     """`user.*`, the only name space that is a user's own (xattr(7))."""
@@ -33,6 +36,7 @@ class LinuxXattrs:
         self._list: Any = vars(os)["listxattr"]
         self._get: Any = vars(os)["getxattr"]
         self._set: Any = vars(os)["setxattr"]
+        self._remove: Any = vars(os)["removexattr"]
 
     def read(self, fd: int) -> list[tuple[str, bytes]]:
         try:
@@ -53,9 +57,13 @@ class LinuxXattrs:
                 if failure.errno not in _NONE:
                     raise
 
+    def remove(self, fd: int, names: list[str]) -> None:
+        for name in names:
+            self._remove(fd, name)
+
 
 class DarwinXattrs:
-    """flistxattr(2), fgetxattr(2) and fsetxattr(2) of macOS, whose arguments differ from Linux's."""
+    """flistxattr(2), fgetxattr(2), fsetxattr(2) and fremovexattr(2) of macOS, whose arguments differ from Linux's."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._list = library.flistxattr
@@ -74,12 +82,13 @@ class DarwinXattrs:
         self._set = library.fsetxattr
         self._set.argtypes = self._get.argtypes
         self._set.restype = ctypes.c_int
+        self._library = library
 
     def read(self, fd: int) -> list[tuple[str, bytes]]:
         found = []
         for raw in self._names(fd):
             name = os.fsdecode(raw)
-            if not name.startswith(_VOLATILE):
+            if not name.startswith(VOLATILE):
                 found.append((name, self._value(fd, raw)))
         return sorted(found)
 
@@ -103,6 +112,13 @@ class DarwinXattrs:
                 code = ctypes.get_errno()
                 if code not in _NONE:
                     raise OSError(code, os.strerror(code), name)
+
+    def remove(self, fd: int, names: list[str]) -> None:
+        remove = self._library.fremovexattr
+        remove.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int]
+        remove.restype = ctypes.c_int
+        for name in names:
+            _checked(remove(fd, os.fsencode(name), 0), fd)
 
 
 def _checked(size: int, fd: int) -> int:

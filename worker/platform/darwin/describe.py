@@ -1,5 +1,6 @@
 """What Seatbelt can enforce and a policy in its language, for any machine: no call of macOS is made here."""
 
+import functools
 from collections.abc import Mapping
 
 import msgspec
@@ -31,6 +32,45 @@ _ALWAYS = {
 }
 
 
+def _listed(found: Mapping[Feature, str]) -> list[NotEnforced]:
+    return [
+        NotEnforced(feature=feature, isolation="process", reason=reason) for feature, reason in found.items()
+    ]
+
+
+_CAPABILITIES = Capabilities(
+    sandbox="seatbelt",
+    network=[level.value for level in (Network.NONE, Network.LOCALHOST, Network.OUTBOUND, Network.FULL)],
+    gpu=[level.value for level in (Gpu.NONE, Gpu.METAL_COMPUTE, Gpu.MPS_ONLY)],
+    isolation=["process"],
+    clone="clonefile or copy",
+    limits=["memory", "cpu_time_limit", "max_files", "ulimits"],
+    not_enforced=_listed(
+        _ALWAYS
+        | {
+            Feature.NETWORK_LOCALHOST: _OPEN_TO_THE_NETWORK,
+            Feature.NETWORK_OUTBOUND: _OPEN_TO_THE_NETWORK,
+            Feature.GPU: _SHARED_GPU,
+            Feature.IPC: _SHARED_IPC,
+        }
+    ),
+)
+
+
+@functools.cache
+def _gaps(level: Network, binds: bool, gpu: bool, ipc: bool) -> tuple[NotEnforced, ...]:
+    found = dict(_ALWAYS)
+    if level is Network.LOCALHOST:
+        found[Feature.NETWORK_LOCALHOST] = _OPEN_TO_THE_NETWORK
+    if level is Network.OUTBOUND and binds:
+        found[Feature.NETWORK_OUTBOUND] = _OPEN_TO_THE_NETWORK
+    if gpu:
+        found[Feature.GPU] = _SHARED_GPU
+    if ipc:
+        found[Feature.IPC] = _SHARED_IPC
+    return tuple(_listed(found))
+
+
 class SeatbeltRules:
     """The describing half of the macOS driver, for macOS `release` (12 … 26)."""
 
@@ -40,42 +80,17 @@ class SeatbeltRules:
         self.release = release
 
     def capabilities(self) -> Capabilities:
-        return Capabilities(
-            sandbox="seatbelt",
-            network=[
-                level.value for level in (Network.NONE, Network.LOCALHOST, Network.OUTBOUND, Network.FULL)
-            ],
-            gpu=[level.value for level in (Gpu.NONE, Gpu.METAL_COMPUTE, Gpu.MPS_ONLY)],
-            isolation=["process"],
-            clone="clonefile or copy",
-            limits=["memory", "cpu_time_limit", "max_files", "ulimits"],
-            not_enforced=_listed(
-                _ALWAYS
-                | {
-                    Feature.NETWORK_LOCALHOST: _OPEN_TO_THE_NETWORK,
-                    Feature.NETWORK_OUTBOUND: _OPEN_TO_THE_NETWORK,
-                    Feature.GPU: _SHARED_GPU,
-                    Feature.IPC: _SHARED_IPC,
-                }
-            ),
-        )
+        return _CAPABILITIES
 
     def groups(self) -> Mapping[str, RuleGroup]:
         return GROUPS
 
     def not_enforced(self, policy: SandboxPolicy) -> list[NotEnforced]:
         """What of this very policy macOS cannot enforce."""
-        found = dict(_ALWAYS)
-        level = policy.network.level
-        if level is Network.LOCALHOST:
-            found[Feature.NETWORK_LOCALHOST] = _OPEN_TO_THE_NETWORK
-        if level is Network.OUTBOUND and policy.network.bind_ports:
-            found[Feature.NETWORK_OUTBOUND] = _OPEN_TO_THE_NETWORK
-        if policy.gpu is not Gpu.NONE:
-            found[Feature.GPU] = _SHARED_GPU
-        if "ipc" in policy.groups:
-            found[Feature.IPC] = _SHARED_IPC
-        return _listed(found)
+        network = policy.network
+        return list(
+            _gaps(network.level, bool(network.bind_ports), policy.gpu is not Gpu.NONE, "ipc" in policy.groups)
+        )
 
     def profile(self, policy: SandboxPolicy) -> Sbpl:
         return build_profile(policy, release=self.release)
@@ -89,9 +104,3 @@ class SeatbeltRules:
             policy=msgspec.to_builtins(policy),
             not_enforced=self.not_enforced(policy),
         )
-
-
-def _listed(found: Mapping[Feature, str]) -> list[NotEnforced]:
-    return [
-        NotEnforced(feature=feature, isolation="process", reason=reason) for feature, reason in found.items()
-    ]

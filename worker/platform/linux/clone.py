@@ -29,7 +29,8 @@ _SMALL = 64 * 1024
 _STEP = 1 << 30
 
 # Found by name: typeshed shows them to Linux only, and this file is checked for macOS too.
-_copy_file_range: Callable[[int, int, int], int] = vars(os)["copy_file_range"]
+# A Mac, where this module is read to show profiles of Linux, has no copy_file_range.
+_copy_file_range: Callable[[int, int, int], int] | None = vars(os).get("copy_file_range")
 _SEEK_DATA: int = vars(os)["SEEK_DATA"]
 _SEEK_HOLE: int = vars(os)["SEEK_HOLE"]
 
@@ -76,7 +77,7 @@ class LinuxCopier:
             length -= done
 
     def _copy_some(self, source: int, target: int, length: int) -> int:
-        if self._ranges:
+        if self._ranges and _copy_file_range is not None:
             try:
                 return _copy_file_range(source, target, min(length, _STEP))
             except OSError as failure:
