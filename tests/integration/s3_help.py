@@ -25,7 +25,9 @@ from worker.volume_s3.source import S3Credentials, S3Source
 
 START_S = 30.0
 ABSENT = importlib.util.find_spec("moto") is None
-needs_moto = pytest.mark.skipif(ABSENT, reason="needs the package moto, an S3 server (pip install 'moto[s3]' flask flask-cors)")
+needs_moto = pytest.mark.skipif(
+    ABSENT, reason="needs the package moto, an S3 server (pip install 'moto[s3]' flask flask-cors)"
+)
 KEYS = S3Credentials("AKIDEXAMPLE", "not-a-real-key")
 _SIGNED = {
     "Authorization": "AWS4-HMAC-SHA256 Credential=AKIDEXAMPLE/20260101/us-east-1/s3/aws4_request, "
@@ -185,7 +187,9 @@ def _handler(proxy: FaultProxy) -> type[BaseHTTPRequestHandler]:
         def _pass(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
             parts = urlsplit(self.path)
-            request = Request(self.command, parts.path, parts.query, {k.lower(): v for k, v in self.headers.items()})
+            request = Request(
+                self.command, parts.path, parts.query, {k.lower(): v for k, v in self.headers.items()}
+            )
             proxy.seen.append(request)
             fault = proxy.plan(request) or Fault()
             md5 = request.headers.get("content-md5")
@@ -197,13 +201,21 @@ def _handler(proxy: FaultProxy) -> type[BaseHTTPRequestHandler]:
                 return
             if fault.before is not None:
                 fault.before()
-            headers = {k: v for k, v in self.headers.items() if k.lower() not in fault.drop_headers and k.lower() != "expect"}
+            headers = {
+                k: v
+                for k, v in self.headers.items()
+                if k.lower() not in fault.drop_headers and k.lower() != "expect"
+            }
             connection = http.client.HTTPConnection(urlsplit(proxy.target).netloc, timeout=30)
             try:
                 connection.request(self.command, self.path, body, headers)
                 answer = connection.getresponse()
                 content = answer.read()
-                found = {k: v for k, v in answer.headers.items() if k.lower() not in ("transfer-encoding", "connection")}
+                found = {
+                    k: v
+                    for k, v in answer.headers.items()
+                    if k.lower() not in ("transfer-encoding", "connection")
+                }
             finally:
                 connection.close()
             if fault.lose_answer:
@@ -218,7 +230,9 @@ def _handler(proxy: FaultProxy) -> type[BaseHTTPRequestHandler]:
 
         do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _pass
 
-        def _answer(self, status: int, headers: dict[str, str], body: bytes, fault: Fault | None = None) -> None:
+        def _answer(
+            self, status: int, headers: dict[str, str], body: bytes, fault: Fault | None = None
+        ) -> None:
             fault = fault or Fault()
             try:
                 self.send_response(status)
@@ -226,7 +240,9 @@ def _handler(proxy: FaultProxy) -> type[BaseHTTPRequestHandler]:
                 for name, value in headers.items():
                     if name.lower() != "content-length":
                         self.send_header(name, value)
-                self.send_header("Content-Length", lengths[0] if lengths and self.command == "HEAD" else str(len(body)))
+                self.send_header(
+                    "Content-Length", lengths[0] if lengths and self.command == "HEAD" else str(len(body))
+                )
                 self.end_headers()
                 if self.command == "HEAD":
                     return

@@ -267,7 +267,8 @@ class _told:
             raise S3Failure(f"{self._doing}: {_connection(failure)}", again=True) from failure
         if isinstance(failure, b.FlexibleChecksumError):
             raise S3Failure(f"{self._doing}: the bytes that came are damaged", again=True) from failure
-        if isinstance(failure, ResponseParserError):
+        # The library trusts servers to answer in the right shape, and stumbles over one that does not.
+        if isinstance(failure, ResponseParserError | TypeError | ValueError | LookupError | AttributeError):
             raise S3Failure(f"{self._doing}: the server's answer is no answer of S3", again=True) from failure
         if isinstance(failure, b.BotoCoreError):
             raise S3Failure(f"{self._doing}: {type(failure).__name__}") from failure

@@ -277,7 +277,15 @@ _BASE = "path, etag, size, mtime_ns, ctime_ns, inode, md5, racy, kept, token"
 
 
 def _base(row: Any) -> Base:
-    return Base(path=row[0], etag=row[1], stamp=Stamp(*row[2:6]), md5=row[6], racy=bool(row[7]), kept=row[8])
+    return Base(
+        path=row[0],
+        etag=row[1],
+        stamp=Stamp(*row[2:6]),
+        md5=row[6],
+        racy=bool(row[7]),
+        kept=row[8],
+        token=row[9],
+    )
 
 
 def _sides(row: Any) -> Sides:

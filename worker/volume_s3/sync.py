@@ -322,9 +322,10 @@ class MirrorPass:
         assert sides.here is not None
         try:
             etag, intent = self._transfer.send(sides.here.path, sides.fold, target, expected)
-        except S3Failure:
+        except (Changed, Unsettled, Missing):
             self._state.done(target)
             raise
+        # After any other failure it is not known whether the server has it: the next pass asks.
         self._record(intent, etag)
         self._state.done(target)
         return etag, intent

@@ -65,11 +65,14 @@ def side_by_side(
             todo.put(item)
             under_way += 1
             if under_way >= count:
-                yield done.get()
                 under_way -= 1
+                yield done.get()
         while under_way:
-            yield done.get()
             under_way -= 1
+            yield done.get()
     finally:
         for _ in range(threads):
             todo.put(None)
+        # Nothing goes on behind the back of a caller that has seen enough.
+        for _ in range(under_way):
+            done.get()

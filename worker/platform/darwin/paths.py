@@ -1,5 +1,6 @@
 """Paths and names that come from outside, made fit for a profile: checked, and as the kernel will see them."""
 
+import functools
 import os
 import re
 from collections.abc import Iterable
@@ -11,6 +12,7 @@ from .sbpl_paths import ancestors, real_path
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
+@functools.lru_cache(maxsize=4096)
 def canonical(path: str) -> str:
     """A path as the kernel compares it, without asking the file system.
 

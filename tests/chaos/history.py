@@ -1,0 +1,124 @@
+"""What a run leaves behind for the judge: all that was published, read and found, as plain data.
+
+A *generation* is one life of a stream: it ends when the stream is deleted and made anew, or put back from an
+older copy. Within one, sequences of the stream only grow.
+"""
+
+from typing import Any, Literal
+
+import msgspec
+
+EVENTS, LOGS, COMMANDS = "SANDFLEET_EVT", "SANDFLEET_LOG", "SANDFLEET_CMD"
+
+Outcome = Literal["stored", "refused", "unknown"]
+Expect = Literal["command", "rejection"]
+What = Literal["purged", "made anew", "put back"]
+
+
+class Published(msgspec.Struct, kw_only=True):
+    """One message to the command stream. Times are seconds since the run began.
+
+    `expect` is what its sender meant: a command, or something that can only be rejected. Messages of one id
+    and one `variant` have the same decoded body. `outcome`: acknowledged by the stream, refused by it, or no
+    answer came.
+    """
+
+    subject: str
+    body: bytes
+    expect: Expect
+    id: str | None = None
+    variant: int = 0
+    sent_at: float = 0.0
+    outcome: Outcome = "unknown"
+
+
+class Message(msgspec.Struct, kw_only=True):
+    """One message of the event or log stream, in the order in which the stream holds them."""
+
+    generation: int
+    stream_seq: int
+    subject: str
+    data: bytes
+    headers: dict[str, str] = {}
+
+
+class Loss(msgspec.Struct, kw_only=True):
+    """A stream lost messages by the injector's hand, and may have lost some that nobody had read.
+
+    `purged`: all up to `upto` of `generation`. `made anew`: `generation` began empty. `put back`:
+    `generation` begins with what an older copy held, `upto` its last sequence, of which the first `unread`
+    had been purged before the copy was made.
+    """
+
+    what: What
+    stream: str
+    at: float
+    generation: int
+    upto: int = 0
+    unread: int = 0
+
+
+class Witness(msgspec.Struct, kw_only=True):
+    """What a program noted of itself: it was the `number`-th of its instance and had printed so many whole
+    lines (and at most one more on each stream); `ended` when it came to its last line.
+    """
+
+    instance: str
+    number: int
+    pad: int
+    stdout: int
+    stderr: int
+    ended: bool
+
+
+class Listed(msgspec.Struct, kw_only=True):
+    """What the node answered to `list` when nothing was under way. `generation`: of the event stream then;
+    `last`: its last sequence.
+    """
+
+    generation: int
+    last: int
+    containers: list[dict[str, Any]]
+
+
+class History(msgspec.Struct, kw_only=True):
+    """`takeovers` counts starts with `--takeover` that succeeded; `doomed` are epochs of journals that were
+    destroyed on purpose. `ledger`: id → state, of commands whose completion may have been lost with a stream.
+    `left`: what was found on the machine after everything was removed. `faults`: what the run itself saw going
+    wrong (a worker that ended by itself, a wait that came to nothing).
+    """
+
+    node: str
+    prefix: str = "sandfleet.v1"
+    published: list[Published] = []
+    events: list[Message] = []
+    logs: list[Message] = []
+    losses: list[Loss] = []
+    witnesses: list[Witness] = []
+    listed: list[Listed] = []
+    ledger: dict[str, str] = {}
+    takeovers: int = 0
+    doomed: list[str] = []
+    left: list[str] = []
+    faults: list[str] = []
+
+    def lost(self, stream: str) -> list[Loss]:
+        return [loss for loss in self.losses if loss.stream == stream]
+
+
+class Violation(msgspec.Struct, frozen=True):
+    """A promise that was broken: a short fixed name, and what is wrong where."""
+
+    name: str
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.detail}"
+
+
+def dump(history: History) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(history), indent=1)
+
+
+def load(raw: bytes) -> History:
+    return msgspec.json.decode(raw, type=History)
