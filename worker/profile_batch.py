@@ -26,7 +26,7 @@ MAX_LINE_BYTES = 2 * 2**20
 MAX_OPERATION = 64
 
 _DEPLOYMENT_KEYS = frozenset({"version", "deployment", "services"})
-_KEPT_SANDBOXES = 64
+_KEPT_SANDBOXES = 256
 _encode = msgspec.json.Encoder().encode
 
 Answering = Callable[[bytes], bytes]

@@ -5,6 +5,7 @@ be broken off at any moment and begun again: each object is whole or was not tou
 down as it is done.
 """
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -290,22 +291,23 @@ class MirrorPass:
             Action.DOWNLOAD: self._download,
         }[action]
         count = 1 if action in (Action.DELETE_HERE, Action.FORGET) else SIDE_BY_SIDE
-        ended = side_by_side(self._state.sides(action), do, count=count, name="s3")
+        calls = side_by_side(self._state.sides(action), do, count=count, name="s3")
         done = 0
-        for sides, _, failure in ended:
-            self._patience.check()
-            if failure is None:
-                failures.none()
-                done += 1
-                self._progress(f"{done} objects: {action.value.replace('_', ' ')}")
-            elif isinstance(failure, InTheWay):
-                self._note(_path(sides), str(failure))
-            elif isinstance(failure, Unsettled | Changed | Missing):
-                self._outcome.left += 1
-            elif isinstance(failure, S3Failure):
-                failures.add(_path(sides), failure)
-            else:
-                raise failure
+        with contextlib.closing(calls) as ended:
+            for sides, _, failure in ended:
+                self._patience.check()
+                if failure is None:
+                    failures.none()
+                    done += 1
+                    self._progress(f"{done} objects: {action.value.replace('_', ' ')}")
+                elif isinstance(failure, InTheWay):
+                    self._note(_path(sides), str(failure))
+                elif isinstance(failure, Unsettled | Changed | Missing):
+                    self._outcome.left += 1
+                elif isinstance(failure, S3Failure):
+                    failures.add(_path(sides), failure)
+                else:
+                    raise failure
 
     def _upload(self, sides: Sides) -> None:
         assert sides.here is not None

@@ -6,7 +6,7 @@ What they do is such that it may end at any moment, as it may when the worker is
 import asyncio
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from contextlib import suppress
 from typing import TypeVar
 
@@ -43,8 +43,11 @@ def in_daemon_thread(call: Callable[[], T], name: str) -> "asyncio.Future[T]":
 
 def side_by_side(
     calls: Iterable[T], do: Callable[[T], R], *, count: int, name: str
-) -> Iterator[tuple[T, R | None, Exception | None]]:
-    """(item, result, failure) of each, `count` at a time, as they end. `calls` is read as there is room."""
+) -> Generator[tuple[T, R | None, Exception | None], None, None]:
+    """(item, result, failure) of each, `count` at a time, as they end. `calls` is read as there is room.
+
+    Close it, and nothing goes on.
+    """
     todo: queue.SimpleQueue[T | None] = queue.SimpleQueue()
     done: queue.SimpleQueue[tuple[T, R | None, Exception | None]] = queue.SimpleQueue()
 

@@ -6,7 +6,7 @@ an answer, the answer is `unknown`; where the real compiler would refuse the pro
 """
 
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Literal
 
 import msgspec
@@ -19,7 +19,7 @@ from .sbpl_warnings import warnings
 
 __all__ = ["Argument", "CompiledProfile", "Rejected", "Rule", "Verdict", "compile_profile", "evaluate"]
 
-_CACHED_PROFILES = 32
+_CACHED_PROFILES = 256
 _MAX_SHOWN = 200  # characters of a filter in a sentence
 
 Decision = Literal["allow", "deny", "unknown", "reject"]
@@ -44,9 +44,9 @@ class _OneOperation(msgspec.Struct, frozen=True):
 class CompiledProfile:
     """A profile that compiles, ready for questions. `warnings` say what in it cannot be meant."""
 
-    def __init__(self, profile_rules: tuple[Rule, ...], profile_warnings: tuple[str, ...]) -> None:
+    def __init__(self, text: str, profile_rules: tuple[Rule, ...]) -> None:
         self.rules = profile_rules
-        self.warnings = profile_warnings
+        self._text = text
         grouped: dict[str, list[Rule]] = {}
         for rule in profile_rules:
             grouped.setdefault(rule.operation, []).append(rule)
@@ -57,6 +57,10 @@ class CompiledProfile:
             )
             for name, group in grouped.items()
         }
+
+    @cached_property
+    def warnings(self) -> tuple[str, ...]:
+        return warnings(self._text, self.rules)
 
     def decide(self, operation: str, argument: Argument = Argument()) -> Verdict:  # noqa: B008 - frozen
         """`allow`, `deny` or `unknown`; never `reject`."""
@@ -187,7 +191,7 @@ def _setuid(asked: Request, candidates: list[_Candidate], found: Verdict) -> Ver
 def compile_profile(text: str, params: Mapping[str, str], *, release: int | None = None) -> CompiledProfile:
     """Rejected where the compiler of macOS `release` would refuse; None stands for the newest."""
     found = rules(text, params, release=release)
-    return CompiledProfile(found, warnings(text, found))
+    return CompiledProfile(text, found)
 
 
 def evaluate(
