@@ -37,13 +37,19 @@ def run(task: dict, argv: list[str], namespaces: list[int]) -> tuple[str, list[i
     theirs.close()
     os.close(into)
     said, descriptors, _, _ = socket.recv_fds(ours, 4096, 8)
-    ours.close()
+    with ours, ours.makefile("rb") as rest:
+        failed = rest.read()
     with open(out, "rb") as pipe:
         printed = pipe.read().decode(errors="replace")
     os.waitpid(child, 0)
     if not said.startswith(b"@"):
         return said.decode(errors="replace"), [], 0, printed
     numbers = [int(word) for word in said[1:].split()]
+    if failed:
+        os.kill(numbers[0], signal.SIGKILL)
+        for fd in descriptors:
+            os.close(fd)
+        return failed.decode(errors="replace"), [], 0, printed
     _, status = os.waitpid(numbers[1], 0)
     namespaces += descriptors
     return "", numbers, status, printed

@@ -45,7 +45,7 @@ from worker.launcher.records import SHUTDOWN
 from worker.launcher.reexec import Replacement
 from worker.launcher.room import PER_RUN, require_descriptors
 from worker.launcher.run import Host, Identity, Phase
-from worker.launcher.sandbox import Sandboxes
+from worker.launcher.sandbox import Sandboxes, kind_of
 from worker.launcher.segments import SegmentWriter
 from worker.launcher.spares import Spares
 
@@ -223,6 +223,7 @@ class Launcher:
             old.dispose()
         self.containers[identity.cid] = container
         self._spares.take(
+            kind_of(plan),
             lambda shim: container.start(shim, command, plan, StartReply(reply, self._spares)),
             lambda failure: container.not_started("fork", failure, reply),
         )

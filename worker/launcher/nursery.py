@@ -4,9 +4,9 @@ A fork makes parent and child copy every page that either writes afterwards. The
 each shim would keep a copy of all of them alive (1.3 MB, measured), and each start would cost the launcher
 as many page faults. The nursery writes to few and does nothing but fork.
 
-The launcher sends one byte for each shim that it wants. Each answer is a record (pid, errno) and, when
-errno is 0, four descriptors: the shim's socket, its program's order socket, and the reading ends of stdout
-and stderr.
+The launcher sends one byte for each shim that it wants, its kind (see `sandbox`). Each answer is a record
+(pid, errno) and, when errno is 0, four descriptors: the shim's socket, its program's order socket, and the
+reading ends of stdout and stderr.
 """
 
 import gc
@@ -73,8 +73,8 @@ def _serve(sock: socket.socket, heritage: Heritage) -> None:
                 wanted = sock.recv(_MAX_WANTED)
                 if not wanted:
                     return
-                for _ in wanted:
-                    _answer(sock, heritage)
+                for kind in wanted:
+                    _answer(sock, heritage, bytes((kind,)))
 
 
 def _reap() -> None:
@@ -86,7 +86,7 @@ def _reap() -> None:
         return
 
 
-def _answer(sock: socket.socket, heritage: Heritage) -> None:
+def _answer(sock: socket.socket, heritage: Heritage, kind: bytes) -> None:
     """Fork one shim and hand its descriptors over."""
     held: list[int] = []
     try:
@@ -112,6 +112,7 @@ def _answer(sock: socket.socket, heritage: Heritage) -> None:
                     inherited=heritage.inherited,
                     sandboxes=heritage.sandboxes,
                     table=heritage.table,
+                    kind=kind,
                 )
             )
         socket.send_fds(sock, [ANSWER.pack(pid, 0)], [ours, order, stdout, stderr])

@@ -11,12 +11,13 @@ import os
 import resource
 import signal
 import socket
+from functools import partial
 from typing import Any, NamedTuple, NoReturn
 
 from worker.launcher.processes import System
 from worker.launcher.protocol import FrameBuffer, Refused, decode_body
 from worker.launcher.report import give_place, hand_over
-from worker.launcher.sandbox import Sandboxes, SandboxFailed
+from worker.launcher.sandbox import PLAIN, Sandboxes, SandboxFailed
 
 REACHED = b"+"
 UMASK = 0o022
@@ -49,7 +50,9 @@ class Inherited(NamedTuple):
 
 
 class Birth(NamedTuple):
-    """What a child is born with. `files` are to be its descriptors 0 to 2; `report` is its end of `report`."""
+    """What a child is born with, and of which kind its plan will be. `files` are to be its descriptors 0 to 2;
+    `report` is its end of `report`.
+    """
 
     files: tuple[int, int, int]
     report: int
@@ -57,6 +60,7 @@ class Birth(NamedTuple):
     inherited: Inherited
     sandboxes: Sandboxes
     table: System
+    kind: bytes = PLAIN
 
 
 def run_ordered(birth: Birth, order: socket.socket) -> NoReturn:
@@ -65,7 +69,8 @@ def run_ordered(birth: Birth, order: socket.socket) -> NoReturn:
         if _settle(birth):
             # The shim's own end of things is not closed yet when it forks this child.
             birth.table.close_descriptors({0, 1, 2, birth.report, order.fileno()})
-            birth.sandboxes.ahead()
+            if birth.sandboxes.ahead(birth.kind, lambda *told: give_place(birth.report, *told)):
+                birth.table.follow_parent(signal.SIGKILL)
             message = _await(order)
             if message is not None:
                 _become(birth, message)
@@ -126,6 +131,7 @@ def _become(birth: Birth, order: dict[str, Any]) -> None:
     """From a settled child to the program; comes back only after a failure, which is reported."""
     command = Command(order["program"], order["argv"], order["env"], order["cwd"])
     user = os.geteuid(), os.getegid()
+    follow = partial(_follow, birth)
     step = "cgroup"
     try:
         if "cgroup" in order:
@@ -137,8 +143,8 @@ def _become(birth: Birth, order: dict[str, Any]) -> None:
         namespaces = order.get("namespaces", ())
         if birth.sandboxes.enter(order["plan"], namespaces, lambda *told: give_place(birth.report, *told)):
             # Its parent has no number where it is now, and notices by itself.
-            birth.table.follow_parent(signal.SIGKILL)
-            user = -1, -1
+            follow = partial(birth.table.follow_parent, signal.SIGKILL)
+            follow()
         listener = birth.sandboxes.apply(order["plan"])
         if listener is not None:
             step = "gate"
@@ -147,8 +153,8 @@ def _become(birth: Birth, order: dict[str, Any]) -> None:
         if birth.table.exact:
             os.chdir(command.cwd)  # as the user, and below the root, that the sandbox has chosen
         step = "parent"
-        if user != (-1, -1) and (os.geteuid(), os.getegid()) != user:
-            _follow(birth)  # the change of user has cleared it
+        if (os.geteuid(), os.getegid()) != user:
+            follow()  # the change of user has cleared it
         step = "exec"
         os.write(birth.report, REACHED)
         birth.sandboxes.become(order["plan"], command.program, command.argv, command.env)

@@ -12,6 +12,25 @@ NO_SANDBOX = "none"
 _SYSTEMS = {"Linux": "linux", "Darwin": "darwin"}
 
 
+# Kinds of plans, for whose programs a child can be made ready: one byte each.
+PLAIN = b"+"
+_ROOTS = {
+    b"r": {"user": False, "net": False},
+    b"R": {"user": False, "net": True},
+    b"u": {"user": True, "net": False},
+    b"U": {"user": True, "net": True},
+}
+
+
+def kind_of(plan: dict[str, Any]) -> bytes:
+    """The kind of a plan."""
+    root = plan.get("root")
+    if root is None:
+        return PLAIN
+    wanted = {"user": bool(root["user"]), "net": bool(root["net"])}
+    return next(kind for kind, known in _ROOTS.items() if known == wanted)
+
+
 class SandboxFailed(Exception):
     """A step of the enforcement failed; the program must not run."""
 
@@ -41,11 +60,21 @@ class Sandboxes:
                 module.settle()
             self._module = module
 
-    def ahead(self) -> None:
-        """Do what is the same for every plan, in a child that waits for its order."""
+    def ahead(self, kind: bytes, tell: Callable[[int, int, list[int]], None]) -> bool:
+        """Do what is the same for every plan of a kind, in a child that waits for its order.
+
+        True when this is another process afterwards, of which `tell` told as in `enter`.
+        """
         prepare_ahead = getattr(self._module, "ahead", None)
-        if prepare_ahead is not None:
+        if prepare_ahead is None:
+            return False
+        root = _ROOTS.get(kind)
+        if root is None:
             prepare_ahead()
+            return False
+        user = [os.getuid(), os.getgid()] if root["user"] else None
+        prepare_ahead({"user": user, "net": root["net"]}, tell)
+        return True
 
     def check(self, plan: dict[str, Any]) -> None:
         """Refused when nothing here can carry out `plan`."""

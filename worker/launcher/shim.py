@@ -71,6 +71,7 @@ class ShimArguments(NamedTuple):
     nursery: int
     inherited: Inherited
     table: System
+    kind: bytes
 
 
 def run_shim(arguments: ShimArguments) -> NoReturn:
@@ -198,7 +199,7 @@ class Shim:
             os.close(report_write)
             return Failure("fork", failure.errno or 0, failure.strerror or str(failure))
         if pid == 0:
-            birth = Birth(files, report_write, parent, args.inherited, args.sandboxes, args.table)
+            birth = Birth(files, report_write, parent, args.inherited, args.sandboxes, args.table, args.kind)
             if order is None:
                 run_ordered(birth, args.order)
             run_now(birth, order)

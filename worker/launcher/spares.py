@@ -3,21 +3,29 @@
 Two forks of an interpreter, and the pages that they copy, are most of what a start costs; a spare has them
 behind it. It belongs to nobody until it is taken. In a burst, those who want one wait for the nursery in
 turn.
+
+There are kinds of spares (see `sandbox`): plain ones always, others for a while after one was wanted.
 """
 
 import errno
 import gc
+import itertools
+import math
 import os
 import signal
 import socket
+import time
+from collections import deque
 from collections.abc import Callable
 
 from worker.launcher.channel import Channel
 from worker.launcher.children import Children
 from worker.launcher.loop import Loop
 from worker.launcher.nursery import ANSWER, DESCRIPTORS, Heritage, run_nursery
+from worker.launcher.sandbox import PLAIN
 
 SPARES = 2
+_KEPT_S = 300.0
 _ASK_AGAIN_S = 0.02
 _REVIVE_S = 1.0
 _ATTEMPTS = 3
@@ -73,9 +81,10 @@ class Spares:
         self._heritage = heritage
         self._log = log
         self._sock: socket.socket | None = None
-        self._spares: list[Shim] = []
-        self._waiting: list[tuple[OnShim, OnFailure]] = []
-        self._asked = 0
+        self._spares: dict[bytes, list[Shim]] = {PLAIN: []}
+        self._waiting: dict[bytes, list[tuple[OnShim, OnFailure]]] = {}
+        self._wanted_at = {PLAIN: math.inf}
+        self._asked: deque[bytes] = deque()
         self._failures = 0
         self._closed = False
         loop.timers.after(0, self._revive)  # whoever waits for the launcher need not wait for this
@@ -83,24 +92,26 @@ class Spares:
     @property
     def waiting(self) -> int:
         """How many shims are wanted and not there yet."""
-        return len(self._waiting)
+        return sum(len(waiting) for waiting in self._waiting.values())
 
-    def take(self, on_shim: OnShim, on_failure: OnFailure) -> None:
+    def take(self, kind: bytes, on_shim: OnShim, on_failure: OnFailure) -> None:
         """Give a spare to `on_shim`, at once or when the nursery has made one. Call `refill` afterwards."""
-        while self._spares:
-            shim = self._spares.pop(0)
+        self._wanted_at[kind] = max(self._wanted_at.get(kind, 0.0), time.monotonic())
+        spares = self._spares.setdefault(kind, [])
+        while spares:
+            shim = spares.pop(0)
             if not shim.channel.closed and shim.alive:
                 on_shim(shim)
                 return
-        self._waiting.append((on_shim, on_failure))
-        self._ask()
+        self._waiting.setdefault(kind, []).append((on_shim, on_failure))
+        self._ask(kind)
 
     def close(self) -> None:
         """Let the nursery and every spare end, and make no more."""
         self._closed = True
         self._drop_nursery()
-        while self._spares:
-            self._spares.pop().close()
+        for kind in self._spares:
+            self._let_go(kind)
         self._fail(OSError(0, "the launcher is ending"))
 
     def reopen(self) -> None:
@@ -128,10 +139,11 @@ class Spares:
         theirs.close()
         ours.setblocking(False)
         self._sock = ours
-        self._asked = 0
+        self._asked.clear()
         self._children.add(pid, lambda status: None)
         self._loop.add(ours.fileno(), self._readable)
-        self._ask(SPARES)
+        for kind in self._wanted_at:
+            self._ask(kind, SPARES)
 
     def _drop_nursery(self) -> None:
         if self._sock is not None:
@@ -141,19 +153,31 @@ class Spares:
 
     def refill(self) -> None:
         """A start is over: make up for it. Not earlier, or the fork would take the start's processor."""
-        if not self._waiting:
-            self._spares = [shim for shim in self._spares if not shim.channel.closed]
-            self._ask(SPARES - len(self._spares))
+        if self.waiting:
+            return
+        for kind, wanted_at in list(self._wanted_at.items()):
+            if time.monotonic() - wanted_at > _KEPT_S:
+                self._let_go(kind)
+                del self._wanted_at[kind]
+                continue
+            spares = self._spares[kind] = [s for s in self._spares.get(kind, ()) if not s.channel.closed]
+            self._ask(kind, SPARES - len(spares))
 
-    def _ask(self, spares: int = 0) -> None:
+    def _let_go(self, kind: bytes) -> None:
+        while self._spares[kind]:
+            shim = self._spares[kind].pop()
+            self._children.shims.pop(shim.pid, None)
+            shim.close()
+
+    def _ask(self, kind: bytes, spares: int = 0) -> None:
         """Want a shim for each who waits, and `spares` more."""
-        wanted = len(self._waiting) + spares - self._asked
+        wanted = len(self._waiting.get(kind, ())) + spares - self._asked.count(kind)
         if self._sock is None or wanted <= 0:
             return
         try:
-            self._asked += self._sock.send(b"+" * wanted)
+            self._asked.extend([kind] * self._sock.send(kind * wanted))
         except BlockingIOError:
-            self._loop.timers.after(_ASK_AGAIN_S, self._ask)
+            self._loop.timers.after(_ASK_AGAIN_S, lambda: self._ask(kind))
         except OSError as failure:
             self._log(f"the nursery does not listen: {failure}")  # reading from it tells its end
 
@@ -169,7 +193,7 @@ class Spares:
             if len(data) < ANSWER.size:
                 self._gone("end of stream")
                 return
-            self._asked -= 1
+            kind = self._asked.popleft()
             pid, number = ANSWER.unpack(data)
             if not number and len(fds) < DESCRIPTORS:
                 # Ours are used up. The shim ends when its sockets close.
@@ -177,9 +201,9 @@ class Spares:
                     os.close(fd)
                 number = errno.EMFILE
             if number:
-                self._failed(OSError(number, os.strerror(number)))
+                self._failed(kind, OSError(number, os.strerror(number)))
             else:
-                self._born(pid, fds)
+                self._born(kind, pid, fds)
 
     def _gone(self, reason: str) -> None:
         self._log(f"the nursery is gone: {reason}")
@@ -191,18 +215,18 @@ class Spares:
         else:
             self._revive()
 
-    def _failed(self, failure: OSError) -> None:
-        if self._waiting:
-            self._waiting.pop(0)[1](failure)
+    def _failed(self, kind: bytes, failure: OSError) -> None:
+        if self._waiting.get(kind):
+            self._waiting[kind].pop(0)[1](failure)
         else:
             self._log(f"no spare shim: {failure}")
 
     def _fail(self, failure: OSError) -> None:
-        waiting, self._waiting = self._waiting, []
-        for _, on_failure in waiting:
+        waiting, self._waiting = self._waiting, {}
+        for _, on_failure in itertools.chain.from_iterable(waiting.values()):
             on_failure(failure)
 
-    def _born(self, pid: int, fds: list[int]) -> None:
+    def _born(self, kind: bytes, pid: int, fds: list[int]) -> None:
         self._failures = 0
         for fd in fds:
             os.set_inheritable(fd, False)
@@ -215,10 +239,10 @@ class Spares:
         )
         shim.pipes = tuple(fds[2:])
         self._children.shims[pid] = None
-        if self._waiting:
-            self._waiting.pop(0)[0](shim)
+        if self._waiting.get(kind):
+            self._waiting[kind].pop(0)[0](shim)
         else:
-            self._spares.append(shim)
+            self._spares.setdefault(kind, []).append(shim)
 
     def _spare_gone(self, shim: Shim, reason: str) -> None:
         """An idle spare ended, as after a signal from outside; another is made with the next start."""

@@ -8,6 +8,7 @@ rlimits         [[name, soft, hard, cap], …]: a name as in setrlimit(2), lower
                 infinity; with `cap`, no higher than this process may go
 keyring         a session keyring of its own; planned where no filter refuses the calls for keyrings
 groups          no supplementary groups
+user            [uid, gid]: this user from here on, and of this group alone
 capabilities    none in any set, and none to be gained
 no_new_privs
 dumpable        off until exec: no other process looks into the copy of the launcher that this still is
@@ -103,24 +104,35 @@ def settle() -> None:
     _settled = True
 
 
-def ahead() -> None:
+def ahead(kind: dict[str, Any] | None = None, tell: rooted.Tell | None = None) -> None:
     """Make the greater part of a ruleset now, in a settled process that will be given one plan.
+
+    For a plan with a root of `kind` its namespaces instead, see `rooted.ahead`: this returns in another process.
 
     Not for one that forks containers: they would share the ruleset, and each would be let into the others'
     folders, so that a fork does not use it. What fails here is left to `prepare`, which tells of it.
     """
     global _ahead
     version = landlock.abi()
+    if kind is not None and tell is not None:
+        rooted.ahead(kind, tell)
+        if _settled and version:
+            _rehearse(version)
+        return
     if not _settled or version == 0 or _ahead is not None:
         return
     ruleset = landlock.file_rules(version)
     try:
         found = system.system()
         landlock.allow_paths(ruleset, _paths(found), version, missing_ok=True)
-        prepare(_rehearsal(version)).close()
+        _rehearse(version)
         _ahead = Ahead(os.getpid(), found, ruleset)
     except (OSError, EnforceError):
         os.close(ruleset)
+
+
+def _rehearse(version: int) -> None:
+    prepare(_rehearsal(version)).close()
 
 
 def _rehearsal(version: int) -> dict[str, Any]:
@@ -211,6 +223,10 @@ def _calls(name: str, argument: Any) -> list[Call]:
         return [Call(name, privileges.new_session_keyring, (_machine(name),))]
     if name == "groups":
         return [Call(name, os.setgroups, ([],))] if os.getgroups() else []
+    if name == "user":
+        uid, gid = argument
+        change = Call(name, privileges.become, (uid, gid, privileges.may_lock_bits()))
+        return [Call(name, privileges.own_output, (uid, gid)), change]
     if name == "capabilities":
         emptied = [] if _settled else [Call(name, privileges.empty_bounding_set, ())]
         return [*emptied, Call(name, privileges.drop_capabilities, (privileges.may_lock_bits(),))]

@@ -25,6 +25,7 @@ import struct
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from . import system
 from .landlock import open_plain
 from .libc import O_PATH, syscall
 
@@ -55,15 +56,80 @@ _SYSTEM_MARKS = (
     "/nix/store",
 )
 
+# What `/dev` has.
+DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
+DEV_BYTES = 1024 * 1024
+DEV_LINKS = (
+    ("/dev/ptmx", "pts/ptmx"),
+    ("/dev/fd", "/proc/self/fd"),
+    ("/dev/stdin", "/proc/self/fd/0"),
+    ("/dev/stdout", "/proc/self/fd/1"),
+    ("/dev/stderr", "/proc/self/fd/2"),
+)
+_OWN_PLACES = ("/dev/", "/proc/", "/proc", "/dev")
+
 _CLOSED = os.O_CLOEXEC
 _MAX_LINKS = 8
 
 
-class Root:
-    """The root of a container, mounted in this process's own mount namespace and not yet entered."""
+class Ready:
+    """Mounts made before they are wanted, detached, each for one use: by source and access, and those of `/dev`."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self) -> None:
+        self.binds: dict[tuple[str, str], tuple[int, bool]] = {}
+        self.dev: int | None = None
+        self.devpts: int | None = None
+        self.system: system.System | None = None
+
+    def take(self, source: str, access: str) -> tuple[int, bool] | None:
+        """(mount, whether it is a folder), if there is one; it is the caller's to close."""
+        return self.binds.pop((source, access), None)
+
+    def close(self) -> None:
+        for fd, _ in self.binds.values():
+            os.close(fd)
+        for one in (self.dev, self.devpts):
+            if one is not None:
+                os.close(one)
+        self.binds, self.dev, self.devpts = {}, None, None
+
+    def forget_stale(self) -> None:
+        """Let go of the host's files if any may have been replaced since."""
+        if self.system is not None and self.system.stale():
+            for key in [key for key in self.binds if key[1] == "ro"]:
+                os.close(self.binds.pop(key)[0])
+
+
+def make_ready() -> Ready:
+    """What nearly every root has: the host's system, `/dev` with its devices and links, its terminals."""
+    ready = Ready()
+    ready.system = system.system()
+    wanted = [(rule.path, "ro") for rule in ready.system.rules if not rule.path.startswith(_OWN_PLACES)]
+    wanted += [(f"/dev/{name}", "dev") for name in DEVICES]
+    for source, access in wanted:
+        with contextlib.suppress(OSError), opened(open_plain(source)) as found:
+            ready.binds[source, access] = _bound(found, access), stat.S_ISDIR(os.fstat(found).st_mode)
+    ready.dev = new_file_system("tmpfs", {"mode": "755", "size": str(DEV_BYTES)}, _TMPFS["exec"])
+    for name in DEVICES:
+        _make(name, ready.dev, folder=False)
+    for name in ("pts", "shm"):
+        _make(name, ready.dev, folder=True)
+    for target, text in DEV_LINKS:
+        os.symlink(text, os.path.basename(target), dir_fd=ready.dev)
+    ready.devpts = _new_devpts()
+    return ready
+
+
+class Root:
+    """The root of a container, mounted in this process's own mount namespace and not yet entered.
+
+    `ready` are mounts to be used; what of it is not, is closed when the root is entered.
+    """
+
+    def __init__(self, path: str, ready: Ready | None = None) -> None:
         """Mount `path` on itself. OSError."""
+        self._ready = ready or Ready()
+        self._ready.forget_stale()
         place = open_plain(path)
         try:
             self.fd = clone(place, recursive=False)
@@ -84,6 +150,7 @@ class Root:
 
     def enter(self) -> None:
         """Make it the root of every process of this mount namespace, and let go of the old one."""
+        self._ready.close()
         os.fchdir(self.fd)
         here = b".\0"
         syscall(_number("pivot_root"), here, here)
@@ -94,65 +161,74 @@ class Root:
     # -- the mounts
 
     def bind(self, target: str, source: str, access: str) -> None:
-        with _opened(open_plain(source)) as found:
-            self._bind(target, found, _ATTRIBUTES[access])
+        ready = self._ready.take(source, access)
+        if ready is not None:
+            self._attach(target, *ready)
+            return
+        with opened(open_plain(source)) as found:
+            self._bind(target, found, access)
 
     def fill(self, target: str, source: str, when: str) -> None:
         if when == "bare" and not self.bare:
             return
+        if self._is_free(target):
+            ready = self._ready.take(source, "ro")
+            if ready is not None:
+                self._attach(target, *ready)
+                return
         try:
             found = open_plain(source)
         except OSError as failure:
             if failure.errno in (errno.ENOENT, errno.ELOOP):
                 return
             raise
-        with _opened(found):
+        with opened(found):
             self._fill(target, found, deep=when == "bare")
 
     def tmpfs(self, target: str, size_bytes: int, mode: int, access: str) -> None:
+        if target == "/dev" and self._ready.dev is not None:
+            made, self._ready.dev = self._ready.dev, None
+            self._attach(target, made, True)
+            return
         options = {"mode": f"{mode:o}"} | ({"size": str(size_bytes)} if size_bytes else {})
         with (
-            _opened(new_file_system("tmpfs", options, _TMPFS[access])) as made,
-            _opened(self.place(target)) as at,
+            opened(new_file_system("tmpfs", options, _TMPFS[access])) as made,
+            opened(self.place(target)) as at,
         ):
             move(made, at)
 
     def devpts(self, target: str) -> None:
-        options = {"newinstance": "", "ptmxmode": "0666", "mode": "620"}
-        with (
-            _opened(new_file_system("devpts", options, NOSUID | NOEXEC)) as made,
-            _opened(self.place(target)) as at,
-        ):
-            move(made, at)
+        made, self._ready.devpts = self._ready.devpts, None
+        self._attach(target, _new_devpts() if made is None else made, True)
 
     def link(self, target: str, text: str, when: str) -> None:
         if when == "bare" and not self.bare:
             return
-        with contextlib.suppress(FileExistsError), _opened(self._parent(target)) as parent:
+        with contextlib.suppress(FileExistsError), opened(self._parent(target)) as parent:
             os.symlink(text, os.path.basename(target), dir_fd=parent)
 
     def folder(self, target: str, mode: int) -> None:
-        with contextlib.suppress(FileExistsError), _opened(self._parent(target)) as parent:
+        with contextlib.suppress(FileExistsError), opened(self._parent(target)) as parent:
             os.mkdir(os.path.basename(target), mode, dir_fd=parent)
 
     def mask(self, target: str) -> None:
         found = self._find(target)
         if found is None:
             return
-        with _opened(found):
+        with opened(found):
             if stat.S_ISDIR(os.fstat(found).st_mode):
                 made = new_file_system("tmpfs", {"mode": "555"}, RDONLY | NOSUID | NODEV | NOEXEC)
             else:
-                with _opened(open_plain("/dev/null")) as null:
+                with opened(open_plain("/dev/null")) as null:
                     made = clone(null, recursive=False)
-            with _opened(made):
+            with opened(made):
                 move(made, found)
 
     def fixed(self, target: str) -> None:
         found = self._find(target)
         if found is None:
             return
-        with _opened(found), _opened(clone(found, recursive=True)) as copy:
+        with opened(found), opened(clone(found, recursive=True)) as copy:
             set_attributes(copy, RDONLY | NOSUID | NODEV | NOEXEC, recursive=True)
             move(copy, found)
 
@@ -170,7 +246,7 @@ class Root:
         if found is not None:
             return found
         name = os.path.basename(target)
-        with _opened(self._parent(target)) as parent:
+        with opened(self._parent(target)) as parent:
             try:
                 _make(name, parent, folder=folder)
             except FileExistsError:
@@ -186,28 +262,36 @@ class Root:
     def _find(self, target: str) -> int | None:
         return find(self.fd, target)
 
-    def _bind(self, target: str, source: int, attributes: int) -> None:
-        with _opened(clone(source, recursive=True)) as copy:
-            set_attributes(copy, attributes, recursive=True)
-            folder = stat.S_ISDIR(os.fstat(source).st_mode)
-            with _opened(self.place(target, folder=folder)) as at:
-                move(copy, at)
+    def _bind(self, target: str, source: int, access: str) -> None:
+        self._attach(target, _bound(source, access), stat.S_ISDIR(os.fstat(source).st_mode))
+
+    def _attach(self, target: str, mount: int, folder: bool) -> None:
+        """Put a detached mount at its place, and close its descriptor."""
+        with opened(mount), opened(self.place(target, folder=folder)) as at:
+            move(mount, at)
+
+    def _is_free(self, target: str) -> bool:
+        found = self._find(target)
+        if found is None:
+            return True
+        with opened(found):
+            return is_empty(found)
 
     def _fill(self, target: str, source: int, *, deep: bool) -> None:
         found = self._find(target)
         if found is None:
-            self._bind(target, source, _ATTRIBUTES["ro"])
+            self._bind(target, source, "ro")
             return
-        with _opened(found):
+        with opened(found):
             both = all(stat.S_ISDIR(os.fstat(fd).st_mode) for fd in (found, source))
             if is_empty(found):
-                self._bind(target, source, _ATTRIBUTES["ro"])
+                self._bind(target, source, "ro")
                 return
         if deep and both and target.count("/") < 3:
-            with _opened(os.open(".", os.O_RDONLY | os.O_DIRECTORY | _CLOSED, dir_fd=source)) as listed:
+            with opened(os.open(".", os.O_RDONLY | os.O_DIRECTORY | _CLOSED, dir_fd=source)) as listed:
                 names = sorted(os.listdir(listed))
             for name in names:
-                with _opened(os.open(name, O_PATH | os.O_NOFOLLOW | _CLOSED, dir_fd=source)) as below:
+                with opened(os.open(name, O_PATH | os.O_NOFOLLOW | _CLOSED, dir_fd=source)) as below:
                     if stat.S_ISLNK(os.fstat(below).st_mode):
                         self.link(f"{target}/{name}", os.readlink(name, dir_fd=source), "always")
                     else:
@@ -239,7 +323,7 @@ def is_bare(root: int) -> bool:
     for mark in _SYSTEM_MARKS:
         found = find(root, mark)
         if found is not None:
-            with _opened(found):
+            with opened(found):
                 if not is_empty(found):
                     return False
     return True
@@ -249,7 +333,7 @@ def is_empty(fd: int) -> bool:
     """Whether there is nothing in it: the place of a mount of an earlier run, or as good as that."""
     status = os.fstat(fd)
     if stat.S_ISDIR(status.st_mode):
-        with _opened(os.open(".", os.O_RDONLY | os.O_DIRECTORY | _CLOSED, dir_fd=fd)) as listed:
+        with opened(os.open(".", os.O_RDONLY | os.O_DIRECTORY | _CLOSED, dir_fd=fd)) as listed:
             return not os.listdir(listed)
     return stat.S_ISREG(status.st_mode) and status.st_size == 0
 
@@ -286,7 +370,7 @@ def move(mount: int, place: int) -> None:
 
 def new_file_system(kind: str, options: dict[str, str], attributes: int) -> int:
     """A detached mount of a new file system; an option without a value is a flag."""
-    with _opened(syscall(_FSOPEN, kind.encode() + b"\0", _FSOPEN_CLOEXEC)) as context:
+    with opened(syscall(_FSOPEN, kind.encode() + b"\0", _FSOPEN_CLOEXEC)) as context:
         for name, value in options.items():
             if value:
                 syscall(_FSCONFIG, context, _SET_STRING, name.encode() + b"\0", value.encode() + b"\0", 0)
@@ -296,9 +380,25 @@ def new_file_system(kind: str, options: dict[str, str], attributes: int) -> int:
         return syscall(_FSMOUNT, context, _FSMOUNT_CLOEXEC, attributes)
 
 
+def _bound(source: int, access: str) -> int:
+    """A detached copy of what is mounted at an open descriptor, and below, with the attributes of an access."""
+    copy = clone(source, recursive=True)
+    try:
+        set_attributes(copy, _ATTRIBUTES[access], recursive=True)
+    except OSError:
+        os.close(copy)
+        raise
+    return copy
+
+
+def _new_devpts() -> int:
+    options = {"newinstance": "", "ptmxmode": "0666", "mode": "620"}
+    return new_file_system("devpts", options, NOSUID | NOEXEC)
+
+
 def make_private() -> None:
     """No mount of this namespace is told to the one that it was copied from, nor the reverse."""
-    with _opened(os.open("/", O_PATH | _CLOSED)) as root:
+    with opened(os.open("/", O_PATH | _CLOSED)) as root:
         set_attributes(root, 0, recursive=True)
 
 
@@ -308,7 +408,7 @@ def _number(name: str) -> int:
 
 
 @contextlib.contextmanager
-def _opened(fd: int) -> Iterator[int]:
+def opened(fd: int) -> Iterator[int]:
     try:
         yield fd
     finally:

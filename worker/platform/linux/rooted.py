@@ -6,7 +6,8 @@ number 1 of the new process namespace, which does nothing but reap, and with who
 and the program's. Then it ends. So the program is never number 1, its parent learns its end first-hand, and
 its number is known as the host sees it.
 
-    enter   the container's first program         join   one more, beside it
+    enter   the container's first program; `ahead` does a part of it before it is wanted
+    join    one more, beside it
 
 A root is data, `{user, net, hostname, path, mounts}`: `user` is [uid, gid] where a user namespace is needed,
 `net` asks for a network of its own, `mounts` are those of `mounts`. Standard library only. Facts are those
@@ -22,7 +23,7 @@ import signal
 import socket
 import struct
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from . import mounts, privileges
 from .libc import last_error, libc, prctl, syscall
@@ -70,26 +71,60 @@ class RootError(Exception):
         self.detail = detail
 
 
+class Ready(NamedTuple):
+    """What `ahead` has made: of which kind, the mount of /proc, and others that most roots have."""
+
+    user: bool
+    net: bool
+    proc: int
+    mounts: mounts.Ready
+
+
+_ready: Ready | RootError | None = None
+
+
+def ahead(kind: dict[str, Any], tell: Tell) -> None:
+    """Do what is the same for every root of this kind, its `user` and `net`, before one is wanted.
+
+    Returns in the process that `enter` will make the program's; `tell` as there. What fails is told by `enter`.
+    """
+    global _ready
+    try:
+        _begin(kind, tell)
+    except RootError as failure:
+        _ready = failure
+
+
 def enter(root: dict[str, Any], tell: Tell) -> None:
     """Become the first program's process of a new container. Returns in that process only.
 
     `tell(init, program, namespaces)` is called with their numbers, and descriptors for `join`, just before the
-    calling process ends. RootError.
+    calling process ends; not when it did in `ahead` already. RootError.
     """
-    _step("namespaces", _leave, root)
-    place = _step("mounts", mounts.Root, root["path"])
+    global _ready
+    if _ready is None:
+        _begin(root, tell)
+    ready, _ready = _ready, None
+    if not isinstance(ready, Ready):
+        raise ready or RootError("namespaces", 0, "nothing was made ready")
+    if (ready.user, ready.net) != (bool(root["user"]), root["net"]):
+        raise RootError("namespaces", 0, "what was made ready is of another kind")
+    place = _step("mounts", mounts.Root, root["path"], ready.mounts)
     _step("mounts", place.carry_out, root["mounts"])
-    init = _step("proc", _start_init, place)
+    _step("proc", _mount_proc, place, ready)
+    _step("root", place.enter)
+    _step("hostname", _name_host, root["hostname"])
+
+
+def _begin(kind: dict[str, Any], tell: Tell) -> None:
+    """New namespaces with their number 1; goes on in the program's process, and makes mounts ready there."""
+    global _ready
+    _step("namespaces", _leave, kind)
+    # Later nobody may: `init` hides its memory, and with it this.
+    init, proc = _step("proc", _start_init)
     try:
-        # Later nobody may: `init` hides its memory, and with it this.
-        namespaces = _step("namespaces", _open_namespaces, root)
-        for target in _MASKED:
-            _step("proc", place.mask, target)
-        for target in _FIXED:
-            _step("proc", place.fixed, target)
-        _step("root", place.enter)
-        _step("hostname", _name_host, root["hostname"])
-        if root["net"]:
+        namespaces = _step("namespaces", _open_namespaces, kind)
+        if kind["net"]:
             _step("network", _raise_loopback)
         program = _step("fork", _fork_beside)
     except BaseException:
@@ -98,7 +133,21 @@ def enter(root: dict[str, Any], tell: Tell) -> None:
     if program:
         tell(init, program, namespaces)
         os._exit(0)
-    _arrived(root)
+    for namespace in namespaces:
+        os.close(namespace)
+    _arrived(kind)
+    _ready = Ready(bool(kind["user"]), kind["net"], proc, _step("mounts", mounts.make_ready))
+
+
+def _mount_proc(place: mounts.Root, ready: Ready) -> None:
+    with mounts.opened(ready.proc) as proc, mounts.opened(place.place("/proc")) as at:
+        mounts.move(proc, at)
+    if ready.user:
+        return  # nothing there is this user's to write or, where it matters, to read
+    for target in _MASKED:
+        place.mask(target)
+    for target in _FIXED:
+        place.fixed(target)
 
 
 def join(root: dict[str, Any], namespaces: Sequence[int], tell: Tell) -> None:
@@ -152,32 +201,28 @@ def _arrived(root: dict[str, Any]) -> None:
         privileges.empty_bounding_set()
 
 
-def _start_init(place: mounts.Root) -> int:
-    """Fork number 1, which mounts /proc, as only a process inside can; gives its number."""
-    told, tell = os.pipe()
-    parent = os.getpid()
+def _start_init() -> tuple[int, int]:
+    """Fork number 1, which alone can make the mount of /proc; gives its number and the mount."""
+    ours, theirs = socket.socketpair()
     init = _fork_beside()
     if init == 0:
-        _be_init(place, tell, parent)
-    os.close(tell)
-    with open(told, "rb") as answer:
-        said = answer.read()
-    if said != b"+":
+        _be_init(theirs)
+    theirs.close()
+    with ours:
+        said, descriptors, _, _ = socket.recv_fds(ours, 16, 1)
+    if not descriptors:
         number = int(said or 0)
-        raise OSError(number, os.strerror(number) if number else "init died")
-    return init
+        raise OSError(number, os.strerror(number) if number else "number 1 of the container died")
+    os.set_inheritable(descriptors[0], False)
+    return init, descriptors[0]
 
 
-def _be_init(place: mounts.Root, tell: int, parent: int) -> NoReturn:
+def _be_init(tell: socket.socket) -> NoReturn:
     """The whole life of number 1. Without handlers of its own no signal from inside reaches it."""
     try:
         prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         try:
-            made = mounts.new_file_system("proc", {}, mounts.NOSUID | mounts.NODEV | mounts.NOEXEC)
-            at = place.place("/proc")
-            mounts.move(made, at)
-            os.close(made)
-            os.close(at)
+            proc = mounts.new_file_system("proc", {}, mounts.NOSUID | mounts.NODEV | mounts.NOEXEC)
             privileges.empty_bounding_set()
             privileges.drop_capabilities(privileges.may_lock_bits())
             prctl(_PR_SET_NO_NEW_PRIVS, 1)
@@ -186,9 +231,9 @@ def _be_init(place: mounts.Root, tell: int, parent: int) -> NoReturn:
             prctl(_PR_SET_NAME, ctypes.addressof(_init_name))
             _hide_arguments()
         except OSError as failure:
-            os.write(tell, str(failure.errno or errno.EIO).encode())
+            tell.send(str(failure.errno or errno.EIO).encode())
             os._exit(1)
-        os.write(tell, b"+")
+        socket.send_fds(tell, [b"+"], [proc])
         syscall(_CLOSE_RANGE, 0, 0xFFFFFFFF, 0)
         while True:
             signal.sigwait({signal.SIGCHLD})
@@ -275,15 +320,22 @@ def try_out(user: bool, folder: str) -> str:
         root = {"user": namespace, "net": True, "hostname": "try", "path": folder, "mounts": []}
         try:
             os.close(told)
-            enter(root, lambda init, program, namespaces: os.kill(init, signal.SIGKILL))
+            enter(root, lambda init, program, namespaces: _told(tell, init))
+            os.write(tell, b"+")
         except RootError as failure:
             os.write(tell, str(failure).encode())
         os._exit(0)
     os.close(tell)
     with open(told, "rb") as answer:
         said = answer.read().decode(errors="replace")
-    ended = []
+    head, _, said = said.partition(" ") if said.startswith("@") else ("", "", said)
+    if head:
+        os.kill(int(head[1:]), signal.SIGKILL)
     with contextlib.suppress(ChildProcessError):
         while True:
-            ended.append(os.wait())
-    return said or ("" if len(ended) == 3 else "it ended on the way")
+            os.wait()
+    return "" if said == "+" else said or "it ended on the way"
+
+
+def _told(tell: int, init: int) -> None:
+    os.write(tell, b"@%d " % init)

@@ -17,15 +17,6 @@ from . import mounts
 from .libc import O_PATH
 from .system import SystemPath
 
-_DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
-_DEV_BYTES = 1024 * 1024
-_LINKS = (
-    ("/dev/ptmx", "pts/ptmx"),
-    ("/dev/fd", "/proc/self/fd"),
-    ("/dev/stdin", "/proc/self/fd/0"),
-    ("/dev/stdout", "/proc/self/fd/1"),
-    ("/dev/stderr", "/proc/self/fd/2"),
-)
 # Every image needs the host's, and none can know it.
 _NAMES = ("/etc/resolv.conf", "/etc/hosts")
 # Names of programs on Debian and its like are links through this.
@@ -47,11 +38,11 @@ def make_root(
     """
     wanted: list[list[Any]] = [
         ["folder", "/proc", 0o755],
-        ["tmpfs", "/dev", _DEV_BYTES, 0o755, "exec"],
-        *(["bind", f"/dev/{name}", f"/dev/{name}", "dev"] for name in _DEVICES),
+        ["tmpfs", "/dev", mounts.DEV_BYTES, 0o755, "exec"],
+        *(["bind", f"/dev/{name}", f"/dev/{name}", "dev"] for name in mounts.DEVICES),
         ["devpts", "/dev/pts"],
         ["tmpfs", "/dev/shm", policy.limits.memory_bytes or 0, 0o1777, "rw"],
-        *(["link", path, text, "always"] for path, text in _LINKS),
+        *(["link", path, text, "always"] for path, text in mounts.DEV_LINKS),
         ["bind", ROOTED_TMP, policy.tmp, "rw"],
     ]
     for rule in (*system, _ALTERNATIVES):
