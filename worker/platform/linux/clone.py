@@ -7,10 +7,11 @@ import errno
 import fcntl
 import os
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
-from worker.platform.base import CloneReport
+from worker.platform.base import CloneChoice, CloneReport
 from worker.platform.descent import open_directory
 from worker.platform.treecopy import FileCopier, TreeCopy
 from worker.platform.xattrs import LinuxXattrs
@@ -28,6 +29,11 @@ _NO_RANGE = frozenset({errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOSYS
 _SMALL = 64 * 1024
 _STEP = 1 << 30
 
+_PROBE = ".probe-"
+_SIZES = (4 << 10, 64 << 10, 1 << 20)
+_FILES = 6
+_TOLERANCE = 1.5
+
 # Found by name: typeshed shows them to Linux only, and this file is checked for macOS too.
 # A Mac, where this module is read to show profiles of Linux, has no copy_file_range.
 _copy_file_range: Callable[[int, int, int], int] | None = vars(os).get("copy_file_range")
@@ -36,10 +42,14 @@ _SEEK_HOLE: int = vars(os)["SEEK_HOLE"]
 
 
 class LinuxCopier:
-    """Tries the best way first and remembers, for one tree, what the file system refused."""
+    """Tries the best way first and remembers, for one tree, what the file system refused.
 
-    def __init__(self, *, reflink: bool = True, ranges: bool = True) -> None:
+    Files of less than `reflink_from` bytes are copied at once.
+    """
+
+    def __init__(self, *, reflink: bool = True, ranges: bool = True, reflink_from: int = 0) -> None:
         self._reflink = reflink
+        self._reflink_from = reflink_from
         self._ranges = ranges
         self._used: set[str] = set()
 
@@ -47,8 +57,12 @@ class LinuxCopier:
     def method(self) -> str:
         return "+".join(sorted(self._used, reverse=True)) or ("reflink" if self._reflink else "copy")
 
+    @property
+    def shared_from(self) -> int | None:
+        return self._reflink_from if "reflink" in self._used else None
+
     def copy(self, source: int, target: int, size: int) -> None:
-        if self._reflink and self._try_reflink(source, target):
+        if self._reflink and size >= self._reflink_from and self._try_reflink(source, target):
             self._used.add("reflink")
             return
         self._used.add("copy")
@@ -129,14 +143,61 @@ def clone_tree(
         os.close(source)
 
 
-def probe_method(folder: Path) -> str:
-    """`reflink` or `copy`: what this file system can do, found by doing it."""
+def copier_of(choice: CloneChoice | None) -> LinuxCopier:
+    if choice is None or choice.method != "reflink":
+        return LinuxCopier(reflink=choice is None)
+    return LinuxCopier(reflink_from=choice.shared_from or 0)
+
+
+def measure(source: Path, target: Path) -> CloneChoice:
+    """Copies files of several sizes from one folder to the other, by both ways. OSError.
+
+    Sharing blocks saves the disk their writing, so it may take a little longer; files for which it takes much longer
+    are copied.
+    """
+    usec: dict[str, float] = {}
+    shared_from = None
     with (
-        tempfile.NamedTemporaryFile(dir=folder, prefix=".probe-") as source,
-        tempfile.NamedTemporaryFile(dir=folder, prefix=".probe-") as target,
+        tempfile.TemporaryDirectory(dir=source, prefix=_PROBE) as there,
+        tempfile.TemporaryDirectory(dir=target, prefix=_PROBE) as here,
     ):
-        source.write(b"\0" * _SMALL)
-        source.seek(0)
-        copier = LinuxCopier()
-        copier.copy(source.fileno(), target.fileno(), _SMALL)
-        return copier.method
+        for size in sorted(_SIZES, reverse=True):
+            files = [_probe_file(Path(there) / f"{size}-{n}", size) for n in range(_FILES)]
+            shared = _time(files, Path(here), reflink=True)
+            copied = _time(files, Path(here), reflink=False)
+            usec[f"copy {size}"] = copied
+            if shared is None:
+                continue
+            usec[f"reflink {size}"] = shared
+            if shared > copied * _TOLERANCE:
+                break
+            shared_from = size
+    if shared_from is None:
+        return CloneChoice(method="copy", usec=usec)
+    return CloneChoice(
+        method="reflink", shared_from=0 if shared_from == min(_SIZES) else shared_from, usec=usec
+    )
+
+
+def _probe_file(path: Path, size: int) -> Path:
+    with path.open("wb") as file:
+        file.write(os.urandom(size))
+        file.flush()
+        os.fsync(file.fileno())  # as an image's are: blocks that are not written yet cannot be shared at once
+    return path
+
+
+def _time(files: list[Path], folder: Path, *, reflink: bool) -> float | None:
+    """Microseconds for the quickest of these files; None when they cannot be shared."""
+    best = None
+    for path in files:
+        with path.open("rb") as source, tempfile.NamedTemporaryFile(dir=folder) as target:
+            # copy_file_range(2) shares blocks by itself where it can, so the other way is by hand.
+            copier = LinuxCopier(reflink=reflink, ranges=False)
+            began = time.perf_counter()
+            copier.copy(source.fileno(), target.fileno(), os.fstat(source.fileno()).st_size)
+            took = (time.perf_counter() - began) * 1e6
+            if reflink and copier.shared_from is None:
+                return None
+            best = took if best is None else min(best, took)
+    return None if best is None else round(best, 1)

@@ -9,9 +9,10 @@ import msgspec
 
 from schemas.node import Capabilities, NotEnforced
 from schemas.status import Network
-from worker.errors import Configuration
+from worker.errors import Configuration, Unsupported
 from worker.platform.base import (
     ROOTED,
+    CloneChoice,
     CloneReport,
     Limits,
     NetworkPolicy,
@@ -23,7 +24,7 @@ from worker.platform.base import (
 
 from . import cgroups, gaps, landlock, privileges, seccomp, system
 from .able import Able
-from .clone import clone_tree
+from .clone import clone_tree, copier_of, measure
 from .enforce import PLAN_VERSION
 from .gate import supported as gates_supported
 from .groups import GROUPS
@@ -115,6 +116,9 @@ class LinuxDriver:
             steps.append(["keyring", None])
         if self._root:
             steps.append(["groups", None])
+        if policy.user is not None:
+            self._check_user(policy)
+            steps.append(["user", [policy.user.uid, policy.user.gid]])
         steps += [["capabilities", None], ["no_new_privs", None], ["dumpable", None]]
         if self._abi:
             steps.append(["landlock", self._landlock(policy)])
@@ -134,6 +138,16 @@ class LinuxDriver:
             )
         return plan
 
+    def changes_user(self) -> bool:
+        return self._root and privileges.may_change_user()
+
+    def _check_user(self, policy: SandboxPolicy) -> None:
+        if policy.isolation == ROOTED and self._able.user:
+            raise Unsupported(
+                "isolation rootfs needs a user namespace on this machine, in which there is one user only",
+                field="spec.user",
+            )
+
     def _opens_sockets(self, network: NetworkPolicy) -> bool:
         """Whether every unix socket of the user is open: a filter cannot tell their paths apart."""
         others = [path for path in network.unix_sockets if path != network.api_socket]
@@ -143,8 +157,11 @@ class LinuxDriver:
         """Whether the host API's socket is reached through the shim, and no other."""
         return network.api_socket is not None and not self._opens_sockets(network)
 
-    def clone_tree(self, src: Path, dst: Path) -> CloneReport:
-        return clone_tree(src, dst)
+    def clone_tree(self, src: Path, dst: Path, choice: CloneChoice | None = None) -> CloneReport:
+        return clone_tree(src, dst, copier=copier_of(choice))
+
+    def measure_clone(self, source: Path, target: Path) -> CloneChoice:
+        return measure(source, target)
 
     def processes(self) -> LinuxProcessTable:
         return LinuxProcessTable()

@@ -22,7 +22,7 @@ import errno
 import os
 import stat
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from . import system
@@ -66,58 +66,99 @@ DEV_LINKS = (
     ("/dev/stdout", "/proc/self/fd/1"),
     ("/dev/stderr", "/proc/self/fd/2"),
 )
-_OWN_PLACES = ("/dev/", "/proc/", "/proc", "/dev")
+# Names of programs on Debian and its like are links through this.
+ALTERNATIVES = "/etc/alternatives"
 
 _CLOSED = os.O_CLOEXEC
 _MAX_LINKS = 8
 
 
 class Ready:
-    """Mounts made before they are wanted, detached, each for one use: by source and access, and those of `/dev`."""
+    """Mounts made before they are wanted, detached, each for one use.
+
+    `trees` are whole folders of a root by their targets, with the targets in them that are taken care of; `binds`
+    by source, as `ro`, with whether it is a folder. `system` tells whether the host's files in them may be others
+    by now.
+    """
 
     def __init__(self) -> None:
-        self.binds: dict[tuple[str, str], tuple[int, bool]] = {}
-        self.dev: int | None = None
-        self.devpts: int | None = None
+        self.trees: dict[str, tuple[int, frozenset[str]]] = {}
+        self.binds: dict[str, tuple[int, bool]] = {}
         self.system: system.System | None = None
 
-    def take(self, source: str, access: str) -> tuple[int, bool] | None:
-        """(mount, whether it is a folder), if there is one; it is the caller's to close."""
-        return self.binds.pop((source, access), None)
-
     def close(self) -> None:
-        for fd, _ in self.binds.values():
+        for fd, _ in (*self.binds.values(), *self.trees.values()):
             os.close(fd)
-        for one in (self.dev, self.devpts):
-            if one is not None:
-                os.close(one)
-        self.binds, self.dev, self.devpts = {}, None, None
+        self.binds, self.trees = {}, {}
 
     def forget_stale(self) -> None:
         """Let go of the host's files if any may have been replaced since."""
         if self.system is not None and self.system.stale():
-            for key in [key for key in self.binds if key[1] == "ro"]:
-                os.close(self.binds.pop(key)[0])
+            for fd, _ in self.binds.values():
+                os.close(fd)
+            self.binds = {}
+            for top in _SYSTEM_TREES & self.trees.keys():
+                os.close(self.trees.pop(top)[0])
 
 
-def make_ready() -> Ready:
-    """What nearly every root has: the host's system, `/dev` with its devices and links, its terminals."""
+# Folders of a root that are made ready whole; the second kind where an image has nothing there.
+_OWN_TREES = frozenset({"/dev", "/proc"})
+_SYSTEM_TREES = frozenset({"/etc", "/sys"})
+
+
+def make_ready(proc: int, *, masked: Iterable[str], fixed: Iterable[str]) -> Ready:
+    """What nearly every root has: the host's system, `/dev` with its devices and terminals, and `proc`, a mount of
+    /proc, closed to what is `masked` and read-only where it is `fixed`.
+
+    It is put together on top of /proc, and taken away from there.
+    """
     ready = Ready()
     ready.system = system.system()
-    wanted = [(rule.path, "ro") for rule in ready.system.rules if not rule.path.startswith(_OWN_PLACES)]
-    wanted += [(f"/dev/{name}", "dev") for name in DEVICES]
-    for source, access in wanted:
-        with contextlib.suppress(OSError), opened(open_plain(source)) as found:
-            ready.binds[source, access] = _bound(found, access), stat.S_ISDIR(os.fstat(found).st_mode)
-    ready.dev = new_file_system("tmpfs", {"mode": "755", "size": str(DEV_BYTES)}, _TMPFS["exec"])
-    for name in DEVICES:
-        _make(name, ready.dev, folder=False)
-    for name in ("pts", "shm"):
-        _make(name, ready.dev, folder=True)
-    for target, text in DEV_LINKS:
-        os.symlink(text, os.path.basename(target), dir_fd=ready.dev)
-    ready.devpts = _new_devpts()
+    with opened(new_file_system("tmpfs", {"mode": "755", "size": str(DEV_BYTES)}, NOSUID | NODEV)) as scratch:
+        with opened(os.open("/proc", O_PATH | os.O_DIRECTORY | _CLOSED)) as at:
+            move(scratch, at)
+        stage = Root(scratch)
+        stage._bare = True
+        made: dict[str, set[str]] = {top: {top} for top in _OWN_TREES | _SYSTEM_TREES}
+        plan = [*dev_mounts(), ["folder", "/dev/shm", 0o755]]
+        for path in (*(rule.path for rule in ready.system.rules), ALTERNATIVES):
+            top = "/" + path.split("/")[1]
+            if top in _SYSTEM_TREES:
+                plan.append(["fill", path, path, "always"])
+            elif top not in _OWN_TREES:
+                with contextlib.suppress(OSError), opened(open_plain(path)) as found:
+                    ready.binds[path] = _bound(found, "ro"), stat.S_ISDIR(os.fstat(found).st_mode)
+        for path, text in system.links().items():
+            if path.startswith(tuple(f"{top}/" for top in _SYSTEM_TREES)):
+                plan.append(["link", path, text, "always"])
+        stage.carry_out(plan)
+        with opened(stage.place("/proc")) as at:
+            move(proc, at)
+        os.close(proc)
+        stage.carry_out([*(["mask", target] for target in masked), *(["fixed", target] for target in fixed)])
+        for _, target, *_ in plan:
+            made.setdefault("/" + target.split("/")[1], set()).add(target)
+        made["/dev"].discard("/dev/shm")
+        for top, targets in made.items():
+            found_top = stage._find(top)
+            if found_top is not None:
+                with opened(found_top):
+                    tree = clone(found_top, recursive=True)
+                if top in _SYSTEM_TREES:
+                    set_attributes(tree, _ATTRIBUTES["ro"], recursive=True)
+                ready.trees[top] = tree, frozenset(targets)
+    syscall(_number("umount2"), b"/proc\0", 2)  # MNT_DETACH
     return ready
+
+
+def dev_mounts() -> list[list[Any]]:
+    """`/dev`, but for its shared memory, whose size is the container's."""
+    return [
+        ["tmpfs", "/dev", DEV_BYTES, 0o755, "exec"],
+        *(["bind", f"/dev/{name}", f"/dev/{name}", "dev"] for name in DEVICES),
+        ["devpts", "/dev/pts"],
+        *(["link", path, text, "always"] for path, text in DEV_LINKS),
+    ]
 
 
 class Root:
@@ -126,27 +167,42 @@ class Root:
     `ready` are mounts to be used; what of it is not, is closed when the root is entered.
     """
 
-    def __init__(self, path: str, ready: Ready | None = None) -> None:
-        """Mount `path` on itself. OSError."""
+    def __init__(self, fd: int, ready: Ready | None = None) -> None:
+        self.fd = fd
         self._ready = ready or Ready()
-        self._ready.forget_stale()
-        place = open_plain(path)
-        try:
-            self.fd = clone(place, recursive=False)
-            set_attributes(self.fd, NOSUID | NODEV, recursive=False)
-            move(self.fd, place)
-        finally:
-            os.close(place)
         self._bare: bool | None = None
 
+    @classmethod
+    def mounted(cls, path: str, ready: Ready) -> "Root":
+        """The root at `path`, mounted on itself. OSError."""
+        with opened(open_plain(path)) as place:
+            root = clone(place, recursive=False)
+            set_attributes(root, NOSUID | NODEV, recursive=False)
+            move(root, place)
+        return cls(root, ready)
+
     def carry_out(self, mounts: list[list[Any]]) -> None:
-        """Do the mounts in their order. OSError, with the target as its file name."""
+        """Do the mounts in their order, those that are ready first. OSError, with the target as its file name."""
+        done = self._attach_trees()
         for name, target, *arguments in mounts:
+            if target in done:
+                continue
             try:
                 _MOUNTS[name](self, target, *arguments)
             except OSError as failure:
                 failure.filename = target
                 raise
+
+    def _attach_trees(self) -> set[str]:
+        """The targets that are taken care of."""
+        self._ready.forget_stale()
+        done: set[str] = set()
+        for top, (tree, targets) in list(self._ready.trees.items()):
+            if top in _OWN_TREES or (self.bare and self._is_free(top)):
+                del self._ready.trees[top]
+                self._attach(top, tree, True)
+                done |= targets
+        return done
 
     def enter(self) -> None:
         """Make it the root of every process of this mount namespace, and let go of the old one."""
@@ -161,21 +217,15 @@ class Root:
     # -- the mounts
 
     def bind(self, target: str, source: str, access: str) -> None:
-        ready = self._ready.take(source, access)
-        if ready is not None:
-            self._attach(target, *ready)
-            return
         with opened(open_plain(source)) as found:
             self._bind(target, found, access)
 
     def fill(self, target: str, source: str, when: str) -> None:
         if when == "bare" and not self.bare:
             return
-        if self._is_free(target):
-            ready = self._ready.take(source, "ro")
-            if ready is not None:
-                self._attach(target, *ready)
-                return
+        if source in self._ready.binds and self._is_free(target):
+            self._attach(target, *self._ready.binds.pop(source))
+            return
         try:
             found = open_plain(source)
         except OSError as failure:
@@ -186,20 +236,12 @@ class Root:
             self._fill(target, found, deep=when == "bare")
 
     def tmpfs(self, target: str, size_bytes: int, mode: int, access: str) -> None:
-        if target == "/dev" and self._ready.dev is not None:
-            made, self._ready.dev = self._ready.dev, None
-            self._attach(target, made, True)
-            return
         options = {"mode": f"{mode:o}"} | ({"size": str(size_bytes)} if size_bytes else {})
-        with (
-            opened(new_file_system("tmpfs", options, _TMPFS[access])) as made,
-            opened(self.place(target)) as at,
-        ):
-            move(made, at)
+        self._attach(target, new_file_system("tmpfs", options, _TMPFS[access]), True)
 
     def devpts(self, target: str) -> None:
-        made, self._ready.devpts = self._ready.devpts, None
-        self._attach(target, _new_devpts() if made is None else made, True)
+        options = {"newinstance": "", "ptmxmode": "0666", "mode": "620"}
+        self._attach(target, new_file_system("devpts", options, NOSUID | NOEXEC), True)
 
     def link(self, target: str, text: str, when: str) -> None:
         if when == "bare" and not self.bare:
@@ -389,11 +431,6 @@ def _bound(source: int, access: str) -> int:
         os.close(copy)
         raise
     return copy
-
-
-def _new_devpts() -> int:
-    options = {"newinstance": "", "ptmxmode": "0666", "mode": "620"}
-    return new_file_system("devpts", options, NOSUID | NOEXEC)
 
 
 def make_private() -> None:

@@ -3,6 +3,7 @@
 import ctypes
 import errno
 import os
+import stat
 import struct
 
 from .libc import function, last_error, prctl, syscall
@@ -13,7 +14,7 @@ _PR_CAPBSET_DROP = 24
 _PR_SET_SECUREBITS = 28
 # NOROOT, NO_SETUID_FIXUP, KEEP_CAPS (locked off), NO_CAP_AMBIENT_RAISE, each with its lock.
 _SECUREBITS = 0xEF
-_CAP_SETPCAP = 8
+_CAP_CHOWN, _CAP_SETGID, _CAP_SETUID, _CAP_SETPCAP = 0, 6, 7, 8
 _VERSION_3 = 0x20080522
 _KEYCTL_JOIN_SESSION_KEYRING = 1
 
@@ -42,6 +43,30 @@ def empty_bounding_set(*, keep_over_exec: bool = False) -> None:
             if error.errno == errno.EINVAL:  # one past the kernel's last
                 return
             raise
+
+
+def become(uid: int, gid: int, lock_bits: bool) -> None:
+    """Be this user, with this group and no other, for good.
+
+    The capabilities go later, with `drop_capabilities`: it needs them itself, so that they outlast the change.
+    """
+    if lock_bits:
+        prctl(_PR_SET_SECUREBITS, _SECUREBITS)
+    os.setresgid(gid, gid, gid)
+    os.setresuid(uid, uid, uid)
+
+
+def own_output(uid: int, gid: int) -> None:
+    """A pipe that is this process's output can be opened again, as /dev/stdout, by its owner only."""
+    for fd in (1, 2):
+        if stat.S_ISFIFO(os.fstat(fd).st_mode):
+            os.fchown(fd, uid, gid)
+
+
+def may_change_user() -> bool:
+    """Whether this process has the capabilities for `become` and `own_output`."""
+    wanted = 1 << _CAP_CHOWN | 1 << _CAP_SETGID | 1 << _CAP_SETUID
+    return _capget()[0] & wanted == wanted
 
 
 def may_lock_bits() -> bool:

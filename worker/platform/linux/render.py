@@ -13,6 +13,7 @@ _ERRNO = {seccomp.ASK: "ask", 1: "EPERM", 13: "EACCES", 38: "ENOSYS", 95: "EOPNO
 _STEPS = {
     "keyring": "a session keyring of its own",
     "groups": "no supplementary groups",
+    "user": "the spec's or the image's user, and its one group",
     "capabilities": "no capability in any set, and none to be gained",
     "no_new_privs": "no privileges from set-user-ID or file capabilities",
     "dumpable": "unreadable to other processes until its program runs",
@@ -37,7 +38,10 @@ def render(
             f"memory   {policy.limits.memory_bytes}  # of all its processes, by the worker's watchdog"
         )
     lines += ["", "[privileges]"]
-    lines += [f"{name:<12}  # {text}" for name, text in _STEPS.items() if name in steps]
+    for name, text in _STEPS.items():
+        if name in steps:
+            words = " ".join(map(str, [name, *(steps[name] or [])]))
+            lines.append(f"{words:<12}  # {text}")
     landlock = steps.get("landlock")
     if "root" in plan:
         lines += _root(plan["root"])

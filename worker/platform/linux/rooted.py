@@ -72,11 +72,10 @@ class RootError(Exception):
 
 
 class Ready(NamedTuple):
-    """What `ahead` has made: of which kind, the mount of /proc, and others that most roots have."""
+    """What `ahead` has made: of which kind, and the mounts that nearly every root has."""
 
     user: bool
     net: bool
-    proc: int
     mounts: mounts.Ready
 
 
@@ -109,9 +108,8 @@ def enter(root: dict[str, Any], tell: Tell) -> None:
         raise ready or RootError("namespaces", 0, "nothing was made ready")
     if (ready.user, ready.net) != (bool(root["user"]), root["net"]):
         raise RootError("namespaces", 0, "what was made ready is of another kind")
-    place = _step("mounts", mounts.Root, root["path"], ready.mounts)
+    place = _step("mounts", mounts.Root.mounted, root["path"], ready.mounts)
     _step("mounts", place.carry_out, root["mounts"])
-    _step("proc", _mount_proc, place, ready)
     _step("root", place.enter)
     _step("hostname", _name_host, root["hostname"])
 
@@ -136,18 +134,14 @@ def _begin(kind: dict[str, Any], tell: Tell) -> None:
     for namespace in namespaces:
         os.close(namespace)
     _arrived(kind)
-    _ready = Ready(bool(kind["user"]), kind["net"], proc, _step("mounts", mounts.make_ready))
+    _ready = Ready(bool(kind["user"]), kind["net"], _step("mounts", _make_ready, proc, bool(kind["user"])))
 
 
-def _mount_proc(place: mounts.Root, ready: Ready) -> None:
-    with mounts.opened(ready.proc) as proc, mounts.opened(place.place("/proc")) as at:
-        mounts.move(proc, at)
-    if ready.user:
-        return  # nothing there is this user's to write or, where it matters, to read
-    for target in _MASKED:
-        place.mask(target)
-    for target in _FIXED:
-        place.fixed(target)
+def _make_ready(proc: int, user: bool) -> mounts.Ready:
+    if user:
+        # Nothing there is this user's to write or, where it matters, to read.
+        return mounts.make_ready(proc, masked=(), fixed=())
+    return mounts.make_ready(proc, masked=_MASKED, fixed=_FIXED)
 
 
 def join(root: dict[str, Any], namespaces: Sequence[int], tell: Tell) -> None:

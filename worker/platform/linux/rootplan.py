@@ -19,8 +19,6 @@ from .system import SystemPath
 
 # Every image needs the host's, and none can know it.
 _NAMES = ("/etc/resolv.conf", "/etc/hosts")
-# Names of programs on Debian and its like are links through this.
-_ALTERNATIVES = SystemPath("/etc/alternatives", "r", "names of programs")
 _OWN_PLACES = ("/dev/", "/proc/", "/proc", "/dev")
 
 
@@ -37,17 +35,13 @@ def make_root(
     The socket `gated` is reached from outside (see `gate`): it need not be in here, nor anywhere yet.
     """
     wanted: list[list[Any]] = [
-        ["folder", "/proc", 0o755],
-        ["tmpfs", "/dev", mounts.DEV_BYTES, 0o755, "exec"],
-        *(["bind", f"/dev/{name}", f"/dev/{name}", "dev"] for name in mounts.DEVICES),
-        ["devpts", "/dev/pts"],
+        *mounts.dev_mounts(),
         ["tmpfs", "/dev/shm", policy.limits.memory_bytes or 0, 0o1777, "rw"],
-        *(["link", path, text, "always"] for path, text in mounts.DEV_LINKS),
         ["bind", ROOTED_TMP, policy.tmp, "rw"],
     ]
-    for rule in (*system, _ALTERNATIVES):
-        if not rule.path.startswith(_OWN_PLACES):
-            wanted.append(["fill", rule.path, rule.path, "always" if rule.path in _NAMES else "bare"])
+    for path in (*(rule.path for rule in system), mounts.ALTERNATIVES):
+        if not path.startswith(_OWN_PLACES):
+            wanted.append(["fill", path, path, "always" if path in _NAMES else "bare"])
     wanted += [["link", path, text, "bare"] for path, text in sorted(links.items())]
     wanted += [_granted(rule) for rule in policy.paths if rule.origin not in ("rootfs", "tmp", "volume")]
     wanted += [["bind", socket, socket, "rw"] for socket in policy.network.unix_sockets if socket != gated]
