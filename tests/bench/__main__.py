@@ -1,6 +1,6 @@
 """`make bench`: what a fleet feels, each figure beside its rival or limit, measured in the same run.
 
-Prints tables and writes bench-results.json. Give names to run only some: start burst logs quiet idle adopt images.
+Prints tables and writes bench-results.json. Give names to run only some: start sandbox burst logs quiet idle adopt images.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.acceptance.harness import Fleet, P, until
+from tests.bench import sandbox
 
 CONFIG = '[node]\nstats_interval_s = 10\n[policy]\nregister_roots = ["{images}"]\nread = ["{prefix}"]\n'
 BWRAP = ["bwrap", "--unshare-all", "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc", "true"]
@@ -144,6 +145,14 @@ async def bench_start(fleet: Fleet) -> Rows:
         )
         rows.append(row(f"`{verb}` published → running seen", p99, "ms p99", "below 20 ms", p99 < 20))
     return rows
+
+
+async def bench_sandbox(fleet: Fleet) -> Rows:
+    have_bwrap = rival(BWRAP, 1) is not None
+    path = shutil.which("bwrap") or ""
+    return await asyncio.to_thread(
+        sandbox.rows, row, [path, *BWRAP[1:]] if have_bwrap else None, [os.path.realpath("/bin/true")]
+    )
 
 
 async def bench_burst(fleet: Fleet) -> Rows:
@@ -379,6 +388,7 @@ async def bench_images(fleet: Fleet) -> Rows:
 
 BENCHES: dict[str, Callable[[Fleet], Awaitable[Rows]]] = {
     "start": bench_start,
+    "sandbox": bench_sandbox,
     "burst": bench_burst,
     "logs": bench_logs,
     "quiet": bench_quiet,
