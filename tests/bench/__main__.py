@@ -1,6 +1,6 @@
 """`make bench`: what a fleet feels, each figure beside its rival or limit, measured in the same run.
 
-Prints tables and writes bench-results.json. Give names to run only some: start sandbox burst logs quiet idle adopt images.
+Prints tables and writes bench-results.json. Give names to run only some: start sandbox burst logs quiet idle adopt images pulls.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.acceptance.harness import Fleet, P, until
-from tests.bench import sandbox
+from tests.bench import pulls, sandbox
 
 CONFIG = '[node]\nstats_interval_s = 10\n[policy]\nregister_roots = ["{images}"]\nread = ["{prefix}"]\n'
 BWRAP = ["bwrap", "--unshare-all", "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc", "true"]
@@ -167,6 +167,10 @@ async def bench_burst(fleet: Fleet) -> Rows:
         await fleet.client.nc.publish(*command(fleet, f"burst-{n}", "remove"))
     await asyncio.gather(*(watch.when(f"burst-{n}", "removed", 1) for n in range(200)))
     return [row("200 `run` at once", rate, "starts/s", "100/s or more", rate >= 100)]
+
+
+async def bench_pulls(fleet: Fleet) -> Rows:
+    return await asyncio.to_thread(pulls.rows, row)
 
 
 def command(fleet: Fleet, cid: str, verb: str, **fields: Any) -> tuple[str, bytes]:
@@ -394,6 +398,7 @@ BENCHES: dict[str, Callable[[Fleet], Awaitable[Rows]]] = {
     "quiet": bench_quiet,
     "idle": bench_idle,
     "images": bench_images,
+    "pulls": bench_pulls,
 }
 
 
