@@ -1,6 +1,7 @@
 """Every command. A body is decoded strictly: an unknown field or verb is an error that names it."""
 
 from datetime import datetime
+from typing import Annotated
 
 import msgspec
 
@@ -64,6 +65,21 @@ class RegisterImage(Command, frozen=True, kw_only=True, tag="register_image"):
     source_dir: str
 
 
+class LoadImage(Command, frozen=True, kw_only=True, tag="load_image"):
+    """Take in the images of an archive. `image` names the one of an archive that holds one, whatever it says."""
+
+    source_file: str
+    image: str | None = None
+
+
+class PushImage(Command, frozen=True, kw_only=True, tag="push_image"):
+    """Send an image of the store to a registry, as `target`. `auth` is the name of a secret of the node."""
+
+    image: str
+    target: str
+    auth: str | None = None
+
+
 class TagImage(Command, frozen=True, kw_only=True, tag="tag_image"):
     source: str
     target: str
@@ -75,7 +91,33 @@ class RemoveImage(Command, frozen=True, kw_only=True, tag="remove_image"):
 
 
 class PruneImages(Command, frozen=True, kw_only=True, tag="prune_images"):
-    pass
+    """Images without a name and a container go; with these also named ones that no container was made of.
+
+    `older_than_s`: those that were not used for so long; `keep_bytes`: the least recently used, until the store has
+    no more than that. With both, of the former as many as the latter needs.
+    """
+
+    older_than_s: float | None = None
+    keep_bytes: Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)] | None = None
+
+
+class VerifyImages(Command, frozen=True, kw_only=True, tag="verify_images"):
+    """Read every byte of `image`, or of all. `repair`: pull what was damaged again, by the name it has."""
+
+    image: str | None = None
+    repair: bool = False
+
+
+class CreateVolume(Command, frozen=True, kw_only=True, tag="create_volume"):
+    name: str
+    size: str | int | None = None
+
+
+class RemoveVolume(Command, frozen=True, kw_only=True, tag="remove_volume"):
+    """`force`: also the mirror of an s3 volume that holds what is not in its bucket yet."""
+
+    name: str
+    force: bool = False
 
 
 class Drain(Command, frozen=True, kw_only=True, tag="drain"):
@@ -88,16 +130,35 @@ class Resume(Command, frozen=True, kw_only=True, tag="resume"):
 
 
 ContainerCommand = Create | Start | Run | Stop | Kill | Restart | Remove
-NodeCommand = PullImage | RegisterImage | TagImage | RemoveImage | PruneImages | Drain | Resume
+VolumeCommand = CreateVolume | RemoveVolume
+NodeCommand = (
+    PullImage
+    | RegisterImage
+    | LoadImage
+    | PushImage
+    | TagImage
+    | RemoveImage
+    | PruneImages
+    | VerifyImages
+    | CreateVolume
+    | RemoveVolume
+    | Drain
+    | Resume
+)
 AnyCommand = ContainerCommand | NodeCommand
 
 CONTAINER_VERBS = ("create", "start", "run", "stop", "kill", "restart", "remove")
 NODE_VERBS = (
     "pull_image",
     "register_image",
+    "load_image",
+    "push_image",
     "tag_image",
     "remove_image",
     "prune_images",
+    "verify_images",
+    "create_volume",
+    "remove_volume",
     "drain",
     "resume",
 )

@@ -14,15 +14,21 @@ from .commands import (
     AnyCommand,
     Command,
     Create,
+    CreateVolume,
     Drain,
     Kill,
+    LoadImage,
+    PruneImages,
     PullImage,
+    PushImage,
     RegisterImage,
     RemoveImage,
+    RemoveVolume,
     Restart,
     Run,
     Stop,
     TagImage,
+    VerifyImages,
 )
 from .errors import ContractError, InvalidCommand, Unsupported
 from .events import AnyEvent
@@ -35,8 +41,10 @@ from .values import (
     check_id,
     check_image,
     check_path,
+    check_service,
     check_text,
     normalize_signal,
+    parse_memory,
     shorten,
     signal_number,
 )
@@ -173,8 +181,27 @@ def _checked(command: AnyCommand) -> AnyCommand:
             check_image(image, field="image")
             if auth is not None:
                 check_text(auth, field="auth", limit=256, error=InvalidCommand)
+        case LoadImage(source_file=source_file, image=image):
+            check_path(source_file, field="source_file", absolute=True, error=InvalidCommand)
+            if image is not None:
+                check_image(image, field="image")
+        case PushImage(image=image, target=target, auth=auth):
+            check_image(image, field="image")
+            check_image(target, field="target")
+            if auth is not None:
+                check_text(auth, field="auth", limit=256, error=InvalidCommand)
         case RemoveImage(image=image):
             check_image(image, field="image")
+        case PruneImages(older_than_s=older_than_s):
+            check_seconds(older_than_s, field="older_than_s")
+        case VerifyImages(image=image) if image is not None:
+            check_image(image, field="image")
+        case CreateVolume(name=name, size=size):
+            check_service(name, field="name")
+            if size is not None:
+                parse_memory(size, field="size", error=InvalidCommand)
+        case RemoveVolume(name=name):
+            check_service(name, field="name")
         case TagImage(source=source, target=target):
             check_image(source, field="source")
             check_image(target, field="target")

@@ -60,6 +60,7 @@ class CommandRejected(Event, frozen=True, kw_only=True, tag="command_rejected"):
 
 class ImageAction(OpenEnum):
     PULLED = "pulled"
+    LOADED = "loaded"
     REGISTERED = "registered"
     TAGGED = "tagged"
     REMOVED = "removed"
@@ -100,6 +101,8 @@ class ImagePhase(OpenEnum):
     RESOLVING = "resolving"
     DOWNLOADING = "downloading"
     UNPACKING = "unpacking"
+    PACKING = "packing"
+    UPLOADING = "uploading"
     DONE = "done"
 
 

@@ -19,12 +19,14 @@ from .spec_rules import check_env, check_labels
 from .status import ContainerStatus, State, Stats
 from .strict import MAX_COMMAND_BYTES
 from .subjects import MAX_REPLICA, build_cid, parse_cid
-from .values import check_argument, check_id, check_path, check_service, check_text, shorten
+from .values import check_argument, check_id, check_image, check_path, check_service, check_text, shorten
 
 MAX_WAIT_S = 600.0
 MAX_EXEC_S = 86400.0
 MAX_SINCE_S = 7 * 86400.0
 MAX_OUTPUT_BYTES = 256 * 1024
+MAX_SAVED = 100
+PIECE_BYTES = 256 * 1024
 BASE64 = "base64"
 
 # HTTP-like codes of the micro error headers.
@@ -227,17 +229,149 @@ class ImagesRequest(Request, frozen=True, kw_only=True):
 
 
 class ImageEntry(Reply, frozen=True, kw_only=True):
-    """`containers` counts those made from it."""
+    """`containers` counts those made from it; `last_used_at`: a container was made of it then, or ended."""
 
     name: str
     digest: str
     bytes: int
     created_at: datetime
     containers: int
+    last_used_at: datetime | None = None
 
 
 class ImagesReply(Reply, frozen=True, kw_only=True):
     images: list[ImageEntry]
+
+
+class VolumesRequest(Request, frozen=True, kw_only=True):
+    """All volumes that have a name, or one. NotFound when there is no such."""
+
+    name: str | None = None
+
+
+class VolumeState(OpenEnum):
+    """Of the mirror of an s3 volume: its container runs, it waits to be written back, all of it is in the bucket."""
+
+    MIRRORING = "mirroring"
+    WAITING = "waiting"
+    WRITTEN_BACK = "written_back"
+
+
+class VolumeEntry(Reply, frozen=True, kw_only=True):
+    """`kind` is `named` or `s3`. `bytes` is what the files take up on disk; not `complete`: at least. `containers`
+    are those that use it. `size_bytes` is the size it was made with. From `source` on: of an s3 volume only; `notes`
+    are names that are left alone, and why."""
+
+    name: str
+    kind: str
+    bytes: int
+    files: int
+    complete: bool
+    created_at: datetime
+    containers: list[str]
+    size_bytes: int | None = None
+    source: str | None = None
+    target: str | None = None
+    state: VolumeState | None = None
+    error: str | None = None
+    notes: dict[str, str] | None = None
+
+
+class VolumesReply(Reply, frozen=True, kw_only=True):
+    volumes: list[VolumeEntry]
+
+
+class ImageRequest(Request, frozen=True, kw_only=True):
+    """`image` is a name, `name@digest` or a digest."""
+
+    image: str
+
+
+class ImageReply(Reply, frozen=True, kw_only=True):
+    """Everything about one image. `config` is its own: entry point, variables, user, labels, exposed ports …
+
+    `registered`: it was made of a folder of the node, and no registry has it.
+    """
+
+    name: str
+    digest: str
+    names: list[str]
+    bytes: int
+    created_at: datetime
+    last_used_at: datetime | None
+    containers: list[str]
+    registered: bool
+    os: str
+    architecture: str
+    config: dict[str, Any]
+
+
+class ExportRequest(Request, frozen=True, kw_only=True):
+    """The next piece of a container's files as a tar archive. `session` is the client's choice and begins with
+    `offset` 0; every request names the same container. What lies before `acked` has arrived and is forgotten.
+    """
+
+    session: str
+    container: str
+    offset: Annotated[int, msgspec.Meta(ge=0, le=2**62)] = 0
+    acked: Annotated[int, msgspec.Meta(ge=0, le=2**62)] = 0
+
+
+class SaveRequest(Request, frozen=True, kw_only=True):
+    """The next piece of an archive of these images; the rest is as for `export`."""
+
+    session: str
+    images: list[str]
+    offset: Annotated[int, msgspec.Meta(ge=0, le=2**62)] = 0
+    acked: Annotated[int, msgspec.Meta(ge=0, le=2**62)] = 0
+
+
+class PieceReply(Reply, frozen=True, kw_only=True):
+    """`data` (base64) stands at `offset`. Without `ready` it is still being made: ask again. With `eof` it is the
+    last, the whole has `total` bytes of the digest `sha256` (hex), and `notes` say what is not as it was."""
+
+    offset: int
+    data: bytes
+    ready: bool
+    eof: bool
+    total: int | None
+    sha256: str | None
+    notes: list[str]
+
+
+class DfRequest(Request, frozen=True, kw_only=True):
+    """`refresh`: measure now, also what was measured a moment ago."""
+
+    refresh: bool = False
+
+
+class DiskUse(Reply, frozen=True, kw_only=True):
+    """`bytes` are those taken up on the disk; of files that share blocks each counts whole."""
+
+    count: int
+    bytes: int
+
+
+class ImagesUse(DiskUse, frozen=True, kw_only=True):
+    """`reclaimable` is what only images need that no container was made of."""
+
+    reclaimable: int
+
+
+class DfReply(Reply, frozen=True, kw_only=True):
+    """What takes room in the node's data directory, and what is `free` there of `total`.
+
+    `clone` says how containers get their files, `measured_at` when the oldest of these numbers was taken.
+    """
+
+    images: ImagesUse
+    containers: DiskUse
+    volumes: DiskUse
+    logs: DiskUse
+    free: int
+    total: int
+    clone: str
+    measured_at: datetime
 
 
 class DenialsRequest(Request, frozen=True, kw_only=True):
@@ -289,6 +423,11 @@ REQUESTS: MappingProxyType[str, type[Request]] = MappingProxyType(
         "profile": ProfileRequest,
         "check": CheckRequest,
         "images": ImagesRequest,
+        "image": ImageRequest,
+        "export": ExportRequest,
+        "save": SaveRequest,
+        "df": DfRequest,
+        "volumes": VolumesRequest,
         "denials": DenialsRequest,
         "cancel": CancelRequest,
     }
@@ -306,6 +445,11 @@ REPLIES: MappingProxyType[str, tuple[type[msgspec.Struct], ...]] = MappingProxyT
         "profile": (ProfileReply,),
         "check": (CheckReply,),
         "images": (ImagesReply,),
+        "image": (ImageReply,),
+        "export": (PieceReply,),
+        "save": (PieceReply,),
+        "df": (DfReply,),
+        "volumes": (VolumesReply,),
         "denials": (DenialsReply,),
         "cancel": (CancelReply,),
     }
@@ -347,6 +491,16 @@ def check_request(request: Request) -> Request:
             _check_exec(request)
         case ProfileRequest():
             _check_profile(request)
+        case VolumesRequest(name=name) if name is not None:
+            check_service(name, field="name")
+        case ExportRequest(session=session):
+            check_id(session, field="session")
+        case SaveRequest(session=session, images=images):
+            check_id(session, field="session")
+            if not 0 < len(images) <= MAX_SAVED:
+                raise InvalidCommand(f"give 1 to {MAX_SAVED} images", field="images")
+            for place, image in enumerate(images):
+                check_image(image, field=f"images[{place}]")
         case DenialsRequest(since_s=since_s):
             check_seconds(since_s, field="since_s", limit=MAX_SINCE_S)
         case CancelRequest(job_id=job_id):

@@ -49,6 +49,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def _serve(self) -> None:
         length = int(self.headers.get("Content-Length", "0"))
+        short = self.registry.next_fault(f"{self.command} {self.path}", short=True)
+        if short is not None:
+            self._take_some(min(short.at, length))
+            return
         self.body = self.rfile.read(length)
         if self.headers.get("Transfer-Encoding", "") == "chunked":
             self.body = self._chunks()
@@ -70,6 +74,17 @@ class Handler(BaseHTTPRequestHandler):
         except _Refused as refused:
             errors = {"errors": [{"code": refused.code, "message": refused.message or refused.code.lower()}]}
             self._answer(refused.status, json.dumps(errors).encode(), **refused.headers)
+
+    def _take_some(self, size: int) -> None:
+        """As a registry whose client's connection is cut: what came of an upload is kept."""
+        body = self.rfile.read(size)
+        session = urlsplit(self.path).path.rpartition("/")[2]
+        with self.registry.lock:
+            self.registry.seen.append(Seen(self.command, self.path, dict(self.headers.items()), body))
+            received = self.registry.uploads.get(session)
+            if received is not None and self.command == "PATCH":
+                received += body
+        self.close_connection = True
 
     def _chunks(self) -> bytes:
         content = b""
@@ -180,7 +195,9 @@ class Handler(BaseHTTPRequestHandler):
             raise _Refused(401, "UNAUTHORIZED", WWW_Authenticate='Basic realm="registry"')
         if given.startswith("Bearer "):
             scope = registry.tokens.get(given.removeprefix("Bearer "))
-            if scope is not None and (not repository or f"repository:{repository}:" in scope):
+            pushes = self.command not in ("GET", "HEAD")
+            known = scope is not None and (not repository or f"repository:{repository}:" in scope)
+            if known and (not pushes or "push" in (scope or "")):
                 return
         realm = registry.realm or f"{registry.url}/token"
         challenge = f'Bearer realm="{realm}",service="registry.test"'

@@ -26,6 +26,7 @@ class Fault:
               continue: 100 Continue without end                       garbage: no HTTP
               hang_up: nothing at all                                  drip: a byte now and then
               body: answer `status` with `body`
+              short: take `at` bytes of the request's body and hang up; what came of an upload is kept
     """
 
     kind: str

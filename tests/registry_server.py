@@ -123,9 +123,11 @@ class Registry:
             self.faults.append(fault)
         return fault
 
-    def next_fault(self, what: str) -> Fault | None:
+    def next_fault(self, what: str, *, short: bool = False) -> Fault | None:
         with self.lock:
             for fault in self.faults:
+                if (fault.kind == "short") != short:
+                    continue
                 if fault.times != 0 and not fault.over.is_set() and re.search(fault.match, what):
                     fault.times -= 1
                     return fault

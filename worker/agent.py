@@ -12,7 +12,7 @@ import signal
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 
 from loguru import logger
@@ -34,24 +34,31 @@ from worker.datadir import DataDir, machine_boot_id
 from worker.errors import Configuration, Conflict, Unavailable
 from worker.handlers import CommandHandler
 from worker.host_api import HostApi, TokenRenewer
+from worker.image_upkeep import evict
+from worker.images.cloning import MeasuredCloner
 from worker.images.pull import Puller
 from worker.images.store import ImageStore
-from worker.journal import Journal, Tx
+from worker.images.transfers import Transfers
+from worker.journal import Journal
 from worker.late import LateSink
+from worker.ledger_upkeep import LedgerKeeper
 from worker.log import register_secret
 from worker.logs import LogShipper
 from worker.node_commands import DRAINING_KEY, NodeCommands
 from worker.node_info import NodeDescription, package_version
+from worker.own_launcher import LauncherRenewal, attach_own
 from worker.platform import driver as platform_driver
 from worker.platform.darwin.unified_log import UnifiedLog
 from worker.policy import HostFacts
-from worker.queries import Queries
+from worker.queries import Queries, Query
 from worker.repeating import Repeater
 from worker.runtime import Runtime
 from worker.secret_files import SecretFiles
 from worker.services import Services
 from worker.stats import Sampler
 from worker.supervisor import Launcher
+from worker.volume_s3.mirrors import Mirrors
+from worker.volumes_named import sweep_gone
 
 # What of a spec this worker honours; the rest is refused by name.
 FEATURES = frozenset(
@@ -62,10 +69,12 @@ FEATURES = frozenset(
         SpecFeature.VOLUMES_NAMED,
         SpecFeature.VOLUMES_ANONYMOUS,
         SpecFeature.VOLUMES_TMPFS,
+        SpecFeature.VOLUMES_S3,
         SpecFeature.DEVICES,
         SpecFeature.LOGS_MAX_RATE,
         SpecFeature.PLATFORM,
         SpecFeature.GPU,
+        SpecFeature.TTL_AFTER_FINISHED,
     }
 )
 # Features that depend on the machine.
@@ -75,16 +84,17 @@ _ABLE = {
     "cpu": SpecFeature.RESOURCES_CPU,
 }
 THREADS = 8
-LEDGER_KEPT = timedelta(days=8)
 HOUSEKEEPING_S = 3600.0
-PRUNE_AT_ONCE = 1000
 FLUSH_S = 2.0
+ACTING_QUERIES = frozenset({"exec"})
+OWNED_TIMEOUT_S = 5.0
 
 
-def features_of(capabilities: Capabilities) -> frozenset[str]:
+def features_of(capabilities: Capabilities, *, changes_user: bool = False) -> frozenset[str]:
     """The fields of a spec that this node honours, by the names of `api.features`."""
     named = (*capabilities.isolation, *capabilities.limits)
-    return FEATURES | {_ABLE[name] for name in named if name in _ABLE}
+    user = {SpecFeature.USER} if changes_user else set()
+    return FEATURES | user | {_ABLE[name] for name in named if name in _ABLE}
 
 
 async def run_worker(
@@ -166,18 +176,22 @@ class Agent:
             stack.push_async_callback(journal.close)
             data.bind_epoch(journal.epoch)
             driver = platform_driver()
-            images = ImageStore.open(data.images, driver)
+            cloner = MeasuredCloner(driver, data.images, data.containers)
+            images = ImageStore.open(data.images, cloner, max_bytes=config.images.limit_bytes)
             stack.callback(images.close)
             subjects = Subjects()
             sink = LateSink()
             secrets = SecretFiles(Path(config.secrets.dir) if config.secrets.dir else data.secrets)
             puller = Puller(images, config, secrets, tell=sink.publish_progress_of(subjects, data.node))
             stack.push_async_callback(puller.close)
+            transfers = Transfers(images, config, secrets, tell=sink.publish_progress_of(subjects, data.node))
+            stack.push_async_callback(transfers.close)
             threads = ThreadPoolExecutor(THREADS, thread_name_prefix="runtime")
             stack.callback(threads.shutdown)
-            launcher = await Launcher.attach(data)
+            boot_id = machine_boot_id() or ""
+            launcher = await attach_own(data, journal, boot_id)
             slots = config.node.slots or os.cpu_count() or 1
-            features = features_of(driver.capabilities())
+            features = features_of(driver.capabilities(), changes_user=driver.changes_user())
             services = Services(
                 config=config,
                 node=data.node,
@@ -186,7 +200,9 @@ class Agent:
                 data=data,
                 driver=driver,
                 images=images,
+                cloner=cloner,
                 puller=puller,
+                transfers=transfers,
                 logs=LogShipper(
                     sink=sink,
                     journal=journal,
@@ -199,7 +215,8 @@ class Agent:
                 host=_host_facts(config, data, host_api),
                 secrets=secrets,
                 host_api=host_api,
-                boot_id=machine_boot_id() or "",
+                mirrors=Mirrors(data.mirrors, config=config, secrets=secrets),
+                boot_id=boot_id,
                 features=features,
                 slots=slots,
                 threads=threads,
@@ -233,7 +250,14 @@ class Agent:
             agent._wire(launcher)
             stack.push_async_callback(agent._detach)
             services.draining = bool(await journal.read(lambda tx: tx.get_meta(DRAINING_KEY)))
+            services.mirrors.spawn, services.mirrors.tell = runtime.spawn, runtime.say
+            await services.in_thread(services.mirrors.load)
+            await services.in_thread(sweep_gone, data.volumes)
             adopted = await runtime.adopt()
+            services.mirrors.begin(
+                {status.instance for status in runtime.live()},
+                {status.instance for status in runtime.statuses()},
+            )
             resumed = services.logs.resume_spool()
             logger.info("node {}: {} containers adopted, {} logs to finish", data.node, adopted, resumed)
             yield agent
@@ -248,7 +272,8 @@ class Agent:
 
     async def attach_launcher(self) -> None:
         """A new launcher in the place of one that died."""
-        self._wire(await Launcher.attach(self.services.data))
+        services = self.services
+        self._wire(await attach_own(services.data, services.journal, services.boot_id))
 
     async def end_idle_launcher(self) -> None:
         """A worker that may not run here leaves no launcher behind, unless that has containers to look after."""
@@ -284,6 +309,7 @@ class Agent:
                 tasks.create_task(self.sampler.run(), name="stats"),
                 tasks.create_task(self._renewer.run(), name="tokens"),
                 tasks.create_task(self._housekeeping(), name="housekeeping"),
+                tasks.create_task(LauncherRenewal(self.services).run(), name="launcher renewal"),
                 tasks.create_task(self._obey(setup, takeover, on_ready, stop), name="bus"),
             ]
             await stop.wait()
@@ -313,7 +339,7 @@ class Agent:
         self, bus: Bus, outbox: OutboxPublisher, on_ready: Callable[[], None] | None, stop: asyncio.Event
     ) -> None:
         services, runtime = self.services, self.runtime
-        presence = Presence(bus, services.node, self._presence)
+        presence = Presence(bus, services.node, self._presence, allowed=lambda: outbox.owns)
         consumer = CommandConsumer(
             bus, node=services.node, subjects=services.subjects, check_fence=outbox.check_fence
         )
@@ -323,7 +349,6 @@ class Agent:
         handler = CommandHandler(services, runtime, node_commands, runtime.spawn)
         log = UnifiedLog() if services.driver.name == "darwin" else None
         queries = Queries(services, runtime, info=self.description.info, log=log)
-        self.sink.open(ChunkPublisher(bus))
         sending = asyncio.create_task(outbox.run(), name="outbox")
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -331,17 +356,26 @@ class Agent:
                 service = await serve_queries(
                     bus,
                     services.node,
-                    queries.handlers(),
+                    {
+                        verb: _for_owner(query, outbox) if verb in ACTING_QUERIES else query
+                        for verb, query in queries.handlers().items()
+                    },
                     version=package_version(),
                     description=f"node {services.node}",
                 )
                 # Whoever hears that the node is ready may ask it at once.
                 await self._tell(node_commands, runtime.node_state())
+                # From here on nobody else is let into the stream under this name; before, nothing is begun.
+                await outbox.claim()
+                self.sink.open(ChunkPublisher(bus))
+                await runtime.end_strangers()
                 recovered = await handler.recover()
                 tasks.create_task(presence.run(), name="presence")
                 tasks.create_task(consumer.run(handler.handle), name="commands")
-                tasks.create_task(Repeater(bus, outbox, runtime).run(), name="repeat")
+                repeater = Repeater(bus, outbox, runtime, services.subjects)
+                tasks.create_task(repeater.run(), name="repeat")
                 await consumer.ready.wait()
+                tasks.create_task(LedgerKeeper(services.journal, consumer).run(), name="ledger")
                 gc.freeze()  # a full collection of all modules stops the loop for 30 ms, measured
                 logger.info("ready as {} ({} commands to finish)", services.node, recovered)
                 if on_ready is not None:
@@ -350,6 +384,7 @@ class Agent:
                     await stop.wait()
                 finally:
                     await service.stop()
+                    await queries.close()
         finally:
             if stop.is_set():
                 await presence.withdraw()
@@ -373,16 +408,21 @@ class Agent:
         )
 
     async def _housekeeping(self) -> None:
-        """Forget commands that the stream cannot deliver again."""
+        """Forget images that are too many."""
+        await self.services.in_thread(self.services.cloner.choose)
         while True:
-            forgotten = PRUNE_AT_ONCE
-            while forgotten == PRUNE_AT_ONCE:
-                forgotten = await self.services.journal.transact(_prune, lazy=True)
+            await evict(self.services)
             await asyncio.sleep(HOUSEKEEPING_S)
 
 
-def _prune(tx: Tx) -> int:
-    return tx.prune_commands(datetime.now(UTC) - LEDGER_KEPT, limit=PRUNE_AT_ONCE)
+def _for_owner(query: Query, outbox: OutboxPublisher) -> Query:
+    """A query that acts, and so waits until the name is known to be ours."""
+
+    async def answer(body: bytes, headers: dict[str, str]) -> bytes:
+        await outbox.owned(OWNED_TIMEOUT_S)
+        return await query(body, headers)
+
+    return answer
 
 
 async def _until_cancelled(task: "asyncio.Task[None]") -> None:

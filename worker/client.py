@@ -266,6 +266,10 @@ class FleetClient(FleetStreams):
     async def images(self, node: str) -> list[q.ImageEntry]:
         return (await self.query(node, "images", q.ImagesRequest(), q.ImagesReply)).images
 
+    async def volumes(self, node: str, name: str | None = None) -> list[q.VolumeEntry]:
+        """All named volumes and mirrors of s3 volumes, or one. NotFound."""
+        return (await self.query(node, "volumes", q.VolumesRequest(name=name), q.VolumesReply)).volumes
+
     async def wait(
         self, node: str, cid: str, *, until: q.WaitUntil = q.WaitUntil.EXIT, timeout_s: float | None = None
     ) -> ContainerStatus:

@@ -30,6 +30,7 @@ from worker.config_model import (
     SecretsConfig,
     Section,
     TlsConfig,
+    VolumesConfig,
 )
 from worker.errors import Configuration
 from worker.settings import BY_KEY, CONFIG_VARIABLE, SECTIONS, SETTINGS, Kind, Setting, parse_text
@@ -44,6 +45,7 @@ __all__ = [
     "PolicyConfig",
     "SecretsConfig",
     "TlsConfig",
+    "VolumesConfig",
     "load_config",
 ]
 
@@ -201,6 +203,7 @@ _SECTION_TYPES: dict[str, type[Section]] = {
     "secrets": SecretsConfig,
     "host_api": HostApiConfig,
     "images": ImagesConfig,
+    "volumes": VolumesConfig,
     "policy": PolicyConfig,
 }
 _TYPES = {
@@ -296,7 +299,7 @@ def _check_labels(labels: dict[str, str]) -> None:
 
 
 def _check_size(value: str | int) -> None:
-    parse_memory(value, field="policy.max_memory")
+    parse_memory(value, field="size")
 
 
 def _check_url(value: str) -> None:
@@ -320,6 +323,7 @@ _RULES: Mapping[str, Callable[[Any], None]] = {
     "images.max_parallel": _between(1, MAX_PARALLEL),
     "policy.network": _one_of(*(level.value for level in LEVELS)),
     "policy.isolation": _one_of(*ISOLATIONS),
+    "images.max_bytes": _check_size,
     "policy.max_memory": _check_size,
     "policy.max_containers": _between(0, 1_000_000),
 }
@@ -339,6 +343,7 @@ def _build(values: dict[str, Any], source: str, origins: dict[str, str]) -> Conf
         secrets=SecretsConfig(**sections["secrets"]),
         host_api=HostApiConfig(**sections["host_api"]),
         images=ImagesConfig(**sections["images"]),
+        volumes=VolumesConfig(**sections["volumes"]),
         policy=PolicyConfig(**sections["policy"]),
         source=source,
         origins=origins,

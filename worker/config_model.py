@@ -63,12 +63,24 @@ class HostApiConfig(Section, frozen=True, kw_only=True):
 
 
 class ImagesConfig(Section, frozen=True, kw_only=True):
-    """How registries are reached. `plain_http` are hosts, with the port where they have one."""
+    """How registries are reached, and how much of what they gave is kept. `plain_http` are hosts, with the port
+    where they have one."""
 
     plain_http: tuple[str, ...] = ()
     ca: str | None = None
     docker_config: str | None = None
     max_parallel: int = 3
+    max_bytes: str | int | None = None
+
+    @property
+    def limit_bytes(self) -> int | None:
+        return None if self.max_bytes is None else parse_memory(self.max_bytes, field="images.max_bytes")
+
+
+class VolumesConfig(Section, frozen=True, kw_only=True):
+    """`s3_ca` is trusted by s3 volumes in the place of the system's roots."""
+
+    s3_ca: str | None = None
 
 
 class PolicyConfig(Section, frozen=True, kw_only=True):
@@ -88,7 +100,9 @@ class PolicyConfig(Section, frozen=True, kw_only=True):
     network: tuple[Network, ...] = LEVELS
     isolation: tuple[str, ...] = ISOLATIONS
     gpu: bool = False
+    s3_endpoints: tuple[str, ...] = ("https://*",)
     images: tuple[str, ...] = ("*",)
+    push: tuple[str, ...] = ()
     max_memory: str | int | None = None
     max_containers: int | None = None
 
@@ -99,8 +113,23 @@ class PolicyConfig(Section, frozen=True, kw_only=True):
     def may_have_secret(self, secret: str, service: str) -> bool:
         return any(fnmatchcase(service, pattern) for pattern in self.secrets.get(secret, ()))
 
+    def may_use_s3(self, origin: str) -> bool:
+        """`origin` is `scheme://host:port`."""
+        return any(fnmatchcase(origin, pattern) for pattern in self.s3_endpoints)
+
+    def names_s3(self, origin: str) -> bool:
+        """Whether a pattern says this very host, not just "any": then its address need not be public."""
+        for pattern in self.s3_endpoints:
+            host = pattern.partition("://")[2].rpartition(":")[0] or pattern.partition("://")[2]
+            if fnmatchcase(origin, pattern) and any(char.isalnum() for char in host):
+                return True
+        return False
+
     def may_use_image(self, name: str) -> bool:
         return any(fnmatchcase(name, pattern) for pattern in self.images)
+
+    def may_push(self, name: str) -> bool:
+        return any(fnmatchcase(name, pattern) for pattern in self.push)
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True):
@@ -111,6 +140,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     secrets: SecretsConfig = SecretsConfig()
     host_api: HostApiConfig = HostApiConfig()
     images: ImagesConfig = ImagesConfig()
+    volumes: VolumesConfig = VolumesConfig()
     policy: PolicyConfig = PolicyConfig()
     source: str = ""
     origins: dict[str, str] = {}

@@ -13,7 +13,8 @@ State changes go through `transition`, under one lock, and are told only after t
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -25,10 +26,11 @@ from schemas.commands import Kill, Remove
 from schemas.errors import ContractError
 from schemas.events import CommandAccepted
 from schemas.status import ContainerStatus, State
-from worker.errors import Conflict, DeadlineExceeded, Internal, NotFound, ResourceExhausted
+from worker.errors import Conflict, DeadlineExceeded, Internal, Interrupted, NotFound, ResourceExhausted
 from worker.journal import EventHead, Tx
 from worker.lifecycle import Trigger, Verdict, next_state, verdict
 from worker.records import ContainerRecord, encode_record
+from worker.recovering import Begun, begun_before
 from worker.services import Services
 from worker.supervisor import ExitRecord
 from worker.work import Phase, Work, now_utc, write_completion, write_state
@@ -53,11 +55,15 @@ class Operations(Protocol):
 
 @dataclass(slots=True)
 class Begin:
-    """What an idle actor adds to the transaction that accepts a command: the first step of doing it."""
+    """What an idle actor adds to the transaction that accepts a command: the first step of doing it.
+
+    `done` when it is also the last, `answers` when it is nothing but the answer and changes no state.
+    """
 
     write: Callable[[Tx], None]
     record: ContainerRecord | None
     done: bool
+    answers: bool = False
 
 
 class ContainerActor:
@@ -83,6 +89,8 @@ class ContainerActor:
         self._on_idle = on_idle
         self._queue: deque[Work] = deque()
         self._current: Work | None = None
+        self._arriving: set[Work] = set()  # on their way into the journal, in stream order
+        self._first: Begin | None = None  # of them the one whose first step is, too
         self._lock = asyncio.Lock()
         self._changed = asyncio.Event()
 
@@ -100,7 +108,12 @@ class ContainerActor:
 
     @property
     def idle(self) -> bool:
-        return self._current is None and not self._queue
+        return self._current is None and not self._queue and not self._arriving
+
+    @property
+    def wanted(self) -> bool:
+        """Whether a command waits for the one that is being done."""
+        return bool(self._queue)
 
     async def wait_for(self, condition: Callable[[], bool]) -> None:
         """Wait until `condition` holds; it is asked again after every change of this container."""
@@ -115,31 +128,40 @@ class ContainerActor:
     # -- commands
 
     def reserve(self, work: Work) -> Begin | None:
-        """Take an idle actor for `work` and give the first step of it, to be committed with its acceptance.
+        """Keep the place of `work` in the order of the stream; an idle actor also gives the first step of it, to be
+        committed with its acceptance.
 
-        None when the actor is busy, or when the command has no first step that stands alone. A reservation
-        ends in `accepted` or `release`.
+        None when the actor is busy, or when the command has no first step that stands alone. It ends in
+        `accepted` or `release`; until then nothing that came later is begun, and nothing else changes the state.
         """
-        if not self.idle or self._lock.locked():
-            return None
-        self._current = work
-        return self._first_step(work)
-
-    def holds(self, work: Work) -> bool:
-        """True while a reservation of `work` stands."""
-        return self._current is work
+        first: Begin | None = None
+        if self.idle and not self._lock.locked():
+            first = self._first_step(work)
+            if first is not None and first.answers:
+                return first  # nobody has to wait for it
+            self._current, self._first = work, first
+        self._arriving.add(work)
+        return first
 
     def release(self, work: Work) -> None:
         """The command was not accepted after all."""
+        self._arriving.discard(work)
         if self._current is work:
-            self._current = None
+            self._current = self._first = None
             self._pump()
+        self.notify()
 
     def accepted(self, work: Work, begin: Begin | None) -> None:
         """The command stands in the journal; do it in its turn."""
+        self._arriving.discard(work)
+        if begin is not None and begin.answers:
+            work.completed = True
+            self._finished(work)
+            return
         if self._current is not work:
             self._enqueue(work)
             return
+        self._first = None
         if begin is not None:
             self._adopt(begin.record)
         if begin is not None and begin.done:
@@ -155,6 +177,7 @@ class ContainerActor:
             return
         self._queue.append(work)
         self._pump()
+        self.notify()
 
     def _in_hand(self) -> list[Work]:
         return [w for w in (self._current, *self._queue) if w is not None]
@@ -238,7 +261,7 @@ class ContainerActor:
     async def _complete(self, work: Work, error: ContractError | None, result: dict[str, Any] | None) -> None:
         """Write the completion. A journal that cannot write now is asked again: the promise is one answer."""
         while not work.completed:
-            async with self._lock:
+            async with self._changing():
                 status = None if self.record is None else self.record.status
                 write = partial(
                     write_completion,
@@ -260,10 +283,8 @@ class ContainerActor:
 
     def check(self, work: Work) -> Verdict:
         """Deadline, instance and verb table. Raises the error the command ends in."""
-        if not work.recovered and work.is_late(now_utc()):
-            raise DeadlineExceeded(
-                f"the deadline {work.deadline.isoformat()} passed before {work.verb} began"
-            )
+        if work.is_late(now_utc()):
+            self._refuse_late(work)
         wanted = work.command.if_instance
         if wanted is not None and self.record is not None and self.record.status.instance != wanted:
             raise Conflict(
@@ -283,6 +304,22 @@ class ContainerActor:
             raise Conflict(f"{work.verb} is not possible: {self.cid} is {self.state}")
         return found
 
+    def _refuse_late(self, work: Work) -> None:
+        """A command past its deadline is not begun; one that a dead worker had begun goes on."""
+        begun = Begun.NO
+        if work.recovered:
+            rootfs = self.services.data.container(self.cid).rootfs
+            leaving = self.record is not None and self.record.ready and not rootfs.exists()
+            begun = begun_before(work, self.record, leaving=leaving)
+        if begun is Begun.NO:
+            raise DeadlineExceeded(
+                f"the deadline {work.deadline.isoformat()} passed before {work.verb} began"
+            )
+        if begun is Begun.UNKNOWN:
+            raise Interrupted(
+                f"the worker died before it knew whether {work.verb} was begun, and its deadline has passed since"
+            )
+
     def _continues(self, work: Work) -> bool:
         """A create that a dead worker had begun finds the container it made itself."""
         return work.recovered and self.record is not None and self.record.created_by == work.id
@@ -299,6 +336,7 @@ class ContainerActor:
                 write=lambda tx: write_completion(tx, services.subjects, work, error=error, status=status),
                 record=self.record,
                 done=True,
+                answers=True,
             )
         if begin is not None:
             return begin
@@ -308,14 +346,24 @@ class ContainerActor:
                 write=lambda tx: write_completion(tx, services.subjects, work, error=None, status=status),
                 record=self.record,
                 done=True,
+                answers=True,
             )
         return None
 
     # -- state
 
+    @asynccontextmanager
+    async def _changing(self) -> AsyncIterator[None]:
+        """The right to change the state: one at a time, and after a first step that is on its way."""
+        async with self._lock:
+            while self._first is not None:
+                await self._changed.wait()
+            yield
+
     def _adopt(self, record: ContainerRecord | None) -> None:
         self.record = None if record is None or record.status.state is State.REMOVED else record
         self.told_at = now_utc()
+        self.services.on_record(self.cid, self.record)
         self.notify()
 
     async def transition(
@@ -334,7 +382,7 @@ class ContainerActor:
         `change` gives the new record but for the state, which `lifecycle` decides. False when `only_if` did
         not hold any more. Raises Conflict when the table has no such step.
         """
-        async with self._lock:
+        async with self._changing():
             record = self.record
             if record is None or (only_if is not None and not only_if(record)):
                 return False
@@ -365,7 +413,7 @@ class ContainerActor:
         tell: bool = True,
     ) -> None:
         """Change the record without changing the state; `tell` publishes the status again."""
-        async with self._lock:
+        async with self._changing():
             if self.record is None:
                 return
             before = self.record.status.state
@@ -388,7 +436,7 @@ class ContainerActor:
 
     async def appear(self, record: ContainerRecord, work: Work | None) -> None:
         """A new instance takes the name (state `pending`)."""
-        async with self._lock:
+        async with self._changing():
             next_state(self.state, Trigger.CREATE)
             await self.services.journal.transact(
                 lambda tx: write_state(tx, self.services.subjects, None, record, work)

@@ -1,7 +1,7 @@
 """The data directory: who owns it, what stands where, and that there is one worker to it.
 
     {root}/  worker.db  worker.lock  node.json  launcher.key  launcher.sock
-             images/  volumes/  containers/{cid}/{rootfs,tmp,state,api}/  spool/  secrets/
+             images/  volumes/  mirrors/  containers/{cid}/{rootfs,tmp,state,api}/  spool/  secrets/
 
 Directories are 0700, files 0600, all of them the worker's own user's. Whatever is not as it should be is
 either put right or refused by a Configuration error of one line that says what to do.
@@ -41,7 +41,8 @@ MIN_FREE_BYTES = 16 << 20
 LOCK_PATIENCE_S = 0.3
 LOCK_PAUSE_S = 0.01
 
-_DIRECTORIES = ("images", "volumes", "containers", "spool", "secrets")
+_DIRECTORIES = ("images", "volumes", "mirrors", "containers", "spool", "secrets")
+_PASSED = ("volumes", "mirrors", "containers")
 _SECRET_FILES = ("launcher.key",)
 _LAUNCHER_FILES = ("launcher.sock", "launcher.lock", "launcher.json", "launcher.log", "launcher.trees")
 _FILES = ("worker.lock", "node.json", "worker.db", "worker.db-wal", "worker.db-shm")
@@ -83,6 +84,7 @@ class DataDir:
         self.journal_path = root / "worker.db"
         self.images = root / "images"
         self.volumes = root / "volumes"
+        self.mirrors = root / "mirrors"
         self.containers = root / "containers"
         self.spool = root / "spool"
         self.secrets = root / "secrets"
@@ -217,7 +219,7 @@ def _make_root(root: Path) -> None:
             f"{root} is no data directory of a worker (it holds {strange[0]!r} and no node.json):"
             " use another --data-dir, or an empty one"
         )
-    _tighten(root, found, 0o700)
+    _tighten(root, found, 0o700, passed=os.geteuid() == 0)
 
 
 def _private_directory(path: Path) -> None:
@@ -230,7 +232,7 @@ def _private_directory(path: Path) -> None:
         what = "a link: mount the other disk there instead" if stat.S_ISLNK(found.st_mode) else "no directory"
         raise Configuration(f"{path} is {what}")
     _check_owner(path, found)
-    _tighten(path, found, 0o700)
+    _tighten(path, found, 0o700, passed=os.geteuid() == 0 and path.name in _PASSED)
 
 
 def _private_file(path: Path) -> None:
@@ -261,8 +263,11 @@ def _check_owner(path: Path, found: os.stat_result) -> None:
         )
 
 
-def _tighten(path: Path, found: os.stat_result, mode: int) -> None:
-    if stat.S_IMODE(found.st_mode) & 0o077:
+def _tighten(path: Path, found: os.stat_result, mode: int, *, passed: bool = False) -> None:
+    """`passed`: containers of other users get at their files through it (see `owners`), which opens nothing."""
+    if passed:
+        mode |= found.st_mode & 0o011
+    if stat.S_IMODE(found.st_mode) & 0o077 & ~mode:
         logger.warning(
             "{} was open to others (mode {:04o}), now {:04o}", path, stat.S_IMODE(found.st_mode), mode
         )

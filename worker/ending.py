@@ -1,5 +1,6 @@
 """How a run ends, by our will or not, and how a container goes."""
 
+import asyncio
 from functools import partial
 
 import msgspec
@@ -10,11 +11,14 @@ from schemas.spec import ServiceSpec
 from schemas.status import Reason, State
 from worker.container import ContainerActor
 from worker.errors import NotFound, Unavailable
+from worker.images.honoured import DEFAULT_STOP_SIGNAL
 from worker.lifecycle import LIVE, Trigger, next_state
 from worker.records import ContainerRecord, from_unix_us
 from worker.services import Services
 from worker.supervisor import ExitRecord
 from worker.work import Work, now_utc
+
+WRITE_BACK_PATIENCE_S = 30.0
 
 
 class Ender:
@@ -23,8 +27,10 @@ class Ender:
     def __init__(self, services: Services) -> None:
         self._services = services
 
-    def stop_signal(self, spec: ServiceSpec) -> int:
-        return signal_number(spec.stop_signal or "SIGTERM")
+    def stop_signal(self, record: ContainerRecord) -> int:
+        if record.stop_signal is not None:
+            return record.stop_signal
+        return signal_number(record.spec.stop_signal or DEFAULT_STOP_SIGNAL)
 
     def stop_timeout_s(self, spec: ServiceSpec, asked: float | None) -> float:
         if asked is not None:
@@ -47,7 +53,7 @@ class Ender:
                 actor.cid,
                 status.instance,
                 status.run,
-                self.stop_signal(record.spec),
+                self.stop_signal(record),
                 self.stop_timeout_s(record.spec, timeout_s),
             )
         except (Unavailable, NotFound) as failure:
@@ -56,6 +62,19 @@ class Ender:
         else:
             await self.apply_exit(actor, ended)
         await actor.wait_for(lambda: actor.state not in LIVE)
+        await self._written_back(actor, status.instance)
+
+    async def _written_back(self, actor: ContainerActor, instance: str) -> None:
+        """A stop has ended when what the container wrote is where others can find it: an attempt, or a while, at
+        most, and not while another command waits."""
+        written = asyncio.ensure_future(self._services.mirrors.written_back(instance, WRITE_BACK_PATIENCE_S))
+        wanted = asyncio.ensure_future(actor.wait_for(lambda: actor.wanted))
+        try:
+            await asyncio.wait((written, wanted), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (written, wanted):
+                task.cancel()
+            await asyncio.gather(written, wanted, return_exceptions=True)
 
     async def end_run_now(self, actor: ContainerActor) -> None:
         """SIGKILL for every process of the container, until none is left."""
@@ -88,6 +107,7 @@ class Ender:
         await self.forget(actor.cid, status.instance)
         await self.clear(actor.cid)
         services.dropped(status.instance)
+        services.mirrors.released(status.instance)
         await actor.transition(
             Trigger.REMOVE,
             lambda r: r.with_status(pid=None, port=None, ip=None, message=None),
@@ -104,6 +124,7 @@ class Ender:
             # The guard died with the launcher.
             logger.debug("the port of {} was not released: {}", cid, failure.message)
         await services.in_thread(services.sweep_container, cid)
+        services.images.let_go(cid)
 
     async def forget(self, cid: str, instance: str) -> None:
         try:
@@ -132,6 +153,7 @@ class Ender:
             ),
         )
         self._services.logs.ended(ended.instance)
+        self._services.mirrors.ended(ended.instance)
         await self.forget(ended.cid, ended.instance)
         if moved and record.spec.lifecycle.delete_on_exit:
             self._services.remove_later(actor.cid)
@@ -143,6 +165,8 @@ class Ender:
             lambda r: r.with_status(reason=reason, message=message, finished_at=now_utc()),
             only_if=lambda r: r.status.state in LIVE,
         )
+        if actor.record is not None:
+            self._services.mirrors.ended(actor.record.status.instance)
 
     async def over_memory(self, actor: ContainerActor, used_bytes: int) -> None:
         """The tree outgrew its limit: all of it is killed, and the reason is kept for the exit."""

@@ -148,6 +148,7 @@ class CommandHandler:
         except ContractError as failure:
             if actor is not None:
                 actor.release(work)
+                self._runtime.settle(actor)
             if isinstance(failure, ResourceExhausted):
                 logger.error("{} waits for the journal: {}", work.id, failure.message)
                 self._slots.release()
@@ -159,11 +160,8 @@ class CommandHandler:
         if outcome is Outcome.ACCEPTED:
             if work.container is None:
                 self._node_commands.accepted(work)
-            elif actor is not None and actor.holds(work):
+            elif actor is not None:
                 actor.accepted(work, begin)
-            else:
-                # The actor was busy then; by now another may stand in its place.
-                self._runtime.actor(work.container).accepted(work, None)
         elif actor is not None:
             actor.release(work)
             self._runtime.settle(actor)

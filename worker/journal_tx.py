@@ -113,22 +113,26 @@ class Tx(OutboxTx):
         )
         return added == 1
 
-    def prune_commands(self, before: datetime, *, limit: int = 200) -> int:
-        """Forget at most `limit` commands completed before that; call again while it returns `limit`."""
+    def prune_commands(self, before: datetime, *, settled: int, limit: int = 200) -> int:
+        """Forget at most `limit` commands completed before that; call again while it returns `limit`.
+
+        Only what stands at `settled` or before it in the stream: the rest can be delivered again.
+        """
         removed = self._write(
-            "DELETE FROM commands WHERE arrival IN"
-            " (SELECT arrival FROM commands WHERE completed_at < ? ORDER BY completed_at LIMIT ?)",
-            (to_us(before), limit),
+            "DELETE FROM commands WHERE arrival IN (SELECT arrival FROM commands"
+            " WHERE completed_at < ? AND stream_seq <= ? ORDER BY completed_at LIMIT ?)",
+            (to_us(before), settled, limit),
         )
         self._write(
-            "DELETE FROM applied WHERE container IN (SELECT container FROM applied WHERE applied_at < ?"
+            "DELETE FROM applied WHERE container IN (SELECT container FROM applied"
+            " WHERE applied_at < ? AND stream_seq <= ?"
             " AND container <> ? AND NOT EXISTS (SELECT 1 FROM containers WHERE cid = container) LIMIT ?)",
-            (to_us(before), NODE_COMMANDS, limit),
+            (to_us(before), settled, NODE_COMMANDS, limit),
         )
         self._write(
-            "DELETE FROM rejections WHERE (stream_seq, stream_time) IN"
-            " (SELECT stream_seq, stream_time FROM rejections WHERE rejected_at < ? LIMIT ?)",
-            (to_us(before), limit),
+            "DELETE FROM rejections WHERE (stream_seq, stream_time) IN (SELECT stream_seq, stream_time"
+            " FROM rejections WHERE rejected_at < ? AND stream_seq <= ? LIMIT ?)",
+            (to_us(before), settled, limit),
         )
         return removed
 

@@ -1,4 +1,4 @@
-"""Commands of the node itself: images, in stream order but for pulls side by side, and drain and resume."""
+"""Commands of the node itself: images, in stream order but for pulls and pushes side by side, drain and resume."""
 
 import asyncio
 from collections.abc import Callable, Coroutine
@@ -8,25 +8,33 @@ from typing import Any
 from loguru import logger
 
 from schemas.commands import (
+    CreateVolume,
     Drain,
+    LoadImage,
     PruneImages,
     PullImage,
+    PushImage,
     RegisterImage,
     RemoveImage,
+    RemoveVolume,
     Resume,
     Stop,
     TagImage,
+    VerifyImages,
 )
 from schemas.errors import ContractError, Unsupported
 from schemas.events import ImageAction, NodeChanged
 from schemas.node import NodeInfo, NodeState
 from worker.errors import Conflict, DeadlineExceeded, Internal
 from worker.ids import new_ulid
+from worker.image_upkeep import evict, prune, verify, write_pruned
 from worker.images.store import ImageInfo
+from worker.images.transfers import load_result, push_result
 from worker.journal import EventHead, Tx
 from worker.lifecycle import LIVE
 from worker.runtime import Runtime
 from worker.services import Services
+from worker.volumes_commands import VolumeCommands
 from worker.work import Work, now_utc, write_completion, write_image
 
 DRAINING_KEY = "draining"
@@ -54,6 +62,7 @@ class NodeCommands:
         # Of each image command that has not ended: when it does, and whether it is a pull.
         self._images: dict[asyncio.Event, bool] = {}
         self._resumed = asyncio.Event()
+        self._volumes = VolumeCommands(services, runtime)
 
     def accepted(self, work: Work) -> None:
         """The command stands in the journal; do it in its turn. A resume does not wait for a drain."""
@@ -61,15 +70,20 @@ class NodeCommands:
             self._spawn(self._finish(work, self._drain(work, work.command)), "drain")
         elif isinstance(work.command, Resume):
             self._spawn(self._finish(work, self._resume(work)), "resume")
+        elif isinstance(work.command, VerifyImages):
+            # Reads for long and changes no name: nobody waits for it.
+            self._spawn(self._finish(work, self._verify(work, work.command)), "verify images")
+        elif isinstance(work.command, CreateVolume | RemoveVolume):
+            self._spawn(self._finish(work, self._volume(work, work.command)), f"volumes {work.verb}")
         else:
-            pull = isinstance(work.command, PullImage)
+            pull = isinstance(work.command, PullImage | PushImage)
             before = [ended for ended, is_pull in self._images.items() if not (pull and is_pull)]
             ended = asyncio.Event()
             self._images[ended] = pull
             self._spawn(self._in_turn(work, before, ended), f"images {work.verb}")
 
     async def _in_turn(self, work: Work, before: list[asyncio.Event], ended: asyncio.Event) -> None:
-        """A pull waits for all before it but other pulls, which may take their time; the rest for all."""
+        """A pull or push waits for all before it but others of these, which may take their time; the rest for all."""
         try:
             for earlier in before:
                 await earlier.wait()
@@ -105,7 +119,14 @@ class NodeCommands:
 
         await self._services.journal.transact(write)
 
+    async def _volume(self, work: Work, command: CreateVolume | RemoveVolume) -> None:
+        result = await self._volumes.perform(command, recovered=work.recovered)
+        await self._complete(work, result)
+
     # -- images
+
+    async def _verify(self, work: Work, command: VerifyImages) -> None:
+        await self._complete(work, await verify(self._services, command, work))
 
     async def _image(self, work: Work) -> None:
         images, command = self._services.images, work.command
@@ -116,33 +137,44 @@ class NodeCommands:
             if pulled.warnings:
                 result["warnings"] = list(pulled.warnings)
             await self._complete(work, result, self._changed(work, pulled.image, ImageAction.PULLED))
+            await evict(self._services, spare=pulled.image.digest)
         elif isinstance(command, RegisterImage):
             source = self._services.register_source(command.source_dir)
             made = await images.register(command.image, source)
             await self._complete(
                 work, {"digest": made.digest}, self._changed(work, made, ImageAction.REGISTERED)
             )
+            await evict(self._services, spare=made.digest)
+        elif isinstance(command, LoadImage):
+            await self._load(work, command)
+        elif isinstance(command, PushImage):
+            self._services.check_image(command.image, field="image")
+            pushed = await self._services.transfers.push(command.image, command.target, command.auth)
+            await self._complete(work, push_result(pushed))
         elif isinstance(command, TagImage):
             tagged = await images.tag(command.source, command.target)
             await self._complete(
                 work, {"digest": tagged.digest}, self._changed(work, tagged, ImageAction.TAGGED)
             )
         elif isinstance(command, RemoveImage):
-            in_use = set(self._runtime.images_in_use())
-            gone = await images.remove(command.image, force=command.force, in_use=in_use)
+            gone = await images.remove(command.image, force=command.force)
             await self._complete(
                 work, {"digest": gone.digest}, self._changed(work, gone, ImageAction.REMOVED)
             )
         elif isinstance(command, PruneImages):
-            pruned = await images.prune(set(self._runtime.images_in_use()))
-            partial_bytes = await self._services.puller.drop_partial()
-            await self._complete(
-                work,
-                {"removed": len(pruned), "bytes": sum(p.bytes for p in pruned) + partial_bytes},
-                *(self._changed(work, p, ImageAction.PRUNED) for p in pruned),
-            )
+            result, pruned = await prune(self._services, command)
+            await self._complete(work, result, lambda tx: write_pruned(tx, self._services, work, pruned))
         else:
             raise Unsupported(f"{work.verb} is not a verb of this node", field="type")
+
+    async def _load(self, work: Work, command: LoadImage) -> None:
+        source = self._services.archive_source(command.source_file)
+        loaded = await self._services.transfers.load(
+            source, command.image, lambda name: self._services.check_image(name, field="image")
+        )
+        changed = [self._changed(work, image, ImageAction.LOADED) for image in loaded.images]
+        await self._complete(work, load_result(loaded), *changed)
+        await evict(self._services, spare=loaded.images[-1].digest)
 
     def _changed(self, work: Work, image: ImageInfo, action: ImageAction) -> Write:
         return lambda tx: write_image(tx, self._services.subjects, work, image, action)

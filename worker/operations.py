@@ -10,21 +10,25 @@ from loguru import logger
 from schemas.commands import Create, Kill, Remove, Restart, Run, Start, Stop
 from schemas.decode import signal_number
 from schemas.errors import ContractError, Unsupported
-from schemas.events import ImageAction
-from schemas.spec import ServiceSpec, unsupported_fields
+from schemas.spec import ServiceSpec
 from schemas.status import ContainerStatus, Gpu, Reason, State
 from schemas.subjects import parse_cid
 from worker.container import Begin, ContainerActor
+from worker.datadir import ContainerDirs
 from worker.ending import Ender
 from worker.errors import Conflict, Interrupted, NotFound, Unavailable
 from worker.ids import new_ulid
+from worker.image_upkeep import tell_pulled
+from worker.images.honoured import check_config, labels, stop_signal
 from worker.images.model import ImageInfo
 from worker.lifecycle import LIVE, Trigger
 from worker.platform.base import SandboxPolicy
 from worker.records import ContainerRecord
 from worker.services import Services
 from worker.starting import Starter, refuse_when_draining, refuse_when_full
-from worker.work import Phase, Work, now_utc, write_completion, write_image, write_state
+from worker.work import Phase, Work, now_utc, write_completion, write_state
+
+CLONE_TRIES = 5
 
 
 class ContainerOperations:
@@ -96,7 +100,7 @@ class ContainerOperations:
             if isinstance(work.command, Stop):
                 timeout_s = self.ender.stop_timeout_s(record.spec, work.command.timeout_s)
                 await self._services.launcher.stop(
-                    actor.cid, status.instance, status.run, self.ender.stop_signal(record.spec), timeout_s
+                    actor.cid, status.instance, status.run, self.ender.stop_signal(record), timeout_s
                 )
             else:
                 await self._services.launcher.kill_tree(actor.cid, status.instance, status.run)
@@ -156,9 +160,7 @@ class ContainerOperations:
     ) -> tuple[SandboxPolicy, Callable[[ContainerRecord], ContainerRecord]]:
         """Everything a create makes. Gives the sandbox, and the change of the record that tells of it."""
         services, spec, cid = self._services, record.spec, actor.cid
-        lacking = unsupported_fields(spec, services.features)
-        if lacking:
-            raise Unsupported(f"this node cannot honour spec.{lacking[0]}", field=f"spec.{lacking[0]}")
+        services.check_features(spec)
         services.check_platform(spec)
         services.check_slots()
         services.check_image(spec.image.name)
@@ -168,9 +170,12 @@ class ContainerOperations:
         policy = services.make_policy(spec, cid, record.status.instance, port)
         await services.in_thread(services.new_container, dirs, cid)
         # Not cut off in the middle: a thread that still writes would outlive the tree's removal.
-        await services.images.clone(image.digest, dirs.rootfs)
+        digest = await self._clone(actor, work, image.digest, dirs)
         work.refuse_if_overtaken()
-        await services.in_thread(services.write_container_files, dirs, record, policy)
+        config = services.image_config(digest)
+        check_config(config)
+        number, told = stop_signal(spec, config), labels(spec, config)
+        policy = await services.in_thread(services.write_container_files, dirs, record, policy, config)
         work.refuse_if_overtaken()
         return policy, lambda r: msgspec.structs.replace(
             r.with_status(
@@ -179,14 +184,37 @@ class ContainerOperations:
                 ip="127.0.0.1",
                 network=policy.network.level,
                 gpu=policy.gpu,
-                image_digest=image.digest,
+                image_digest=digest,
                 memory_limit=policy.limits.memory_bytes,
+                labels=told,
             ),
             ready=True,
+            user=policy.user,
+            stop_signal=number,
         )
 
+    async def _clone(self, actor: ContainerActor, work: Work, digest: str, dirs: ContainerDirs) -> str:
+        """Make the rootfs. Gives the digest of the image, which a prune may take away in the moment between the
+        pull's end and its being known here: then it is pulled once more.
+        """
+        for _ in range(CLONE_TRIES - 1):
+            try:
+                await self._services.images.clone(digest, dirs.rootfs, container=actor.cid)
+                return digest
+            except NotFound as failure:
+                logger.info("{}: {}", actor.cid, failure.message)
+            work.refuse_if_overtaken()
+            record = actor.record
+            assert record is not None
+            digest = (await self._image(actor, work, record.spec)).digest
+        await self._services.images.clone(digest, dirs.rootfs, container=actor.cid)
+        return digest
+
     async def _image(self, actor: ContainerActor, work: Work, spec: ServiceSpec) -> ImageInfo:
-        """The spec's image, from a registry where its policy says so. A stop does not wait for that."""
+        """The spec's image, from a registry where its policy says so; the container's from here on.
+
+        A stop does not wait for that.
+        """
         services = self._services
 
         async def telling() -> None:
@@ -200,15 +228,14 @@ class ContainerOperations:
             await asyncio.wait((pull, overtaken), return_when=asyncio.FIRST_COMPLETED)
             work.refuse_if_overtaken()
             pulled = await pull
+            services.images.keep_for(actor.cid, pulled.image.digest)
         finally:
             for task in (pull, overtaken):
                 task.cancel()
             await asyncio.gather(pull, overtaken, return_exceptions=True)
         if pulled.fetched:
             await actor.update(lambda r: r.with_status(message="cloning"), work=work)
-            await services.journal.transact(
-                lambda tx: write_image(tx, services.subjects, work, pulled.image, ImageAction.PULLED)
-            )
+            await tell_pulled(services, work, pulled.image)
         return pulled.image
 
     async def _abandon(self, actor: ContainerActor, work: Work, failure: ContractError) -> None:

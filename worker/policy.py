@@ -18,16 +18,19 @@ from schemas.spec import (
     NamedStorage,
     NetworkAccess,
     Protocol,
+    S3Storage,
     SandboxIsolation,
     ServiceSpec,
     TmpfsStorage,
 )
 from schemas.status import Gpu, Network
+from schemas.subjects import parse_cid
 from schemas.values import normal_target
 from worker.config import Config
 from worker.datadir import ContainerDirs
 from worker.errors import PolicyDenied
 from worker.platform.base import (
+    ROOTED,
     Device,
     Limits,
     NetworkPolicy,
@@ -43,8 +46,10 @@ from worker.policy_paths import (
     NotGranted,
     granted_path,
     granted_socket,
+    overlap,
     real_path,
 )
+from worker.volume_s3.source import mirror_name, source_of
 
 # Open at `localhost` beside the container's own: names, web.
 WELL_KNOWN_PORTS = (53, 80, 443)
@@ -212,6 +217,7 @@ class _Maker:
                         target=target,
                         readonly=item.readonly,
                         size_bytes=item.size_bytes,
+                        name=item.name,
                     )
                 case AnonymousStorage():
                     mount = VolumeMount(kind="anonymous", source=own, target=target)
@@ -219,20 +225,56 @@ class _Maker:
                     mount = VolumeMount(
                         kind="tmpfs", source=own, target=target, size_bytes=item.size_bytes, mode=item.mode
                     )
-                case _:
-                    raise Unsupported("s3 volumes are not supported", field=f"{self._field}.{where}.type")
+                case S3Storage():
+                    self._check_s3(item, where)
+                    name = mirror_name(self._instance, index)
+                    mirror = Path(self._host.data_root) / "mirrors" / name / "files"
+                    mount = VolumeMount(kind="s3", source=str(mirror), target=target, readonly=item.readonly)
             mounts.append(mount)
-        self._check_nesting(mounts)
+        if self._isolation() != ROOTED:
+            self._check_nesting(mounts)
+            self._check_readonly(mounts)
         return tuple(mounts)
+
+    def _check_s3(self, item: S3Storage, where: str) -> None:
+        """The worker asks the server in the container's name, so both the server and the secret must be granted."""
+        source = source_of(item, field=f"{self._field}.{where}")
+        if not self._config.policy.may_use_s3(source.origin):
+            raise self._refuse(
+                f"{source.origin} is not where s3 volumes of this node may be",
+                f"{where}.endpoint",
+                "s3_endpoints",
+                source.origin,
+            )
+        service, _ = parse_cid(self._cid)
+        secret = source.credentials
+        if secret is not None and not self._config.policy.may_have_secret(secret, service):
+            raise self._refuse(
+                f"the service {service} may not have the secret {secret!r}",
+                f"{where}.credentials",
+                "secrets",
+                secret,
+            )
 
     def _check_nesting(self, mounts: list[VolumeMount]) -> None:
         """A volume inside another one's target would have to be made in that one's folder on the host."""
         for index, inner in enumerate(mounts):
             if any(inner.target.startswith(outer.target + "/") for outer in mounts):
                 raise Unsupported(
-                    f"{inner.target} lies inside another volume",
+                    f"{inner.target} lies inside another volume, which needs isolation rootfs",
                     field=f"{self._field}.storage[{index}].target",
                 )
+
+    def _check_readonly(self, mounts: list[VolumeMount]) -> None:
+        """Without mounts a folder is one thing: it cannot be read-only at one target and writable at another."""
+        for index, fixed in enumerate(mounts):
+            for other in mounts:
+                if fixed.readonly and not other.readonly and overlap(fixed.source, other.source):
+                    raise Unsupported(
+                        f"{fixed.target} cannot be read-only while {other.target} makes the same folder writable, "
+                        "except with isolation rootfs",
+                        field=f"{self._field}.storage[{index}].readonly",
+                    )
 
     def _devices(self) -> tuple[Device, ...]:
         policy = self._config.policy
@@ -278,15 +320,16 @@ class _Maker:
         if level is Network.LOCALHOST:
             connects |= binds | {*WELL_KNOWN_PORTS}
         denied = {*self._host.nats_ports}
-        uses_udp = any(endpoint.protocol is Protocol.UDP for endpoint in spec.endpoints)
+        udp = {endpoint.listen_port for endpoint in spec.endpoints if endpoint.protocol is Protocol.UDP}
         return NetworkPolicy(
             level=level,
             bind_ports=tuple(sorted(binds - denied)),
+            udp_ports=tuple(sorted(udp - denied)),
             connect_ports=tuple(sorted(connects - denied)),
             denied_ports=tuple(sorted(denied)),
             unix_sockets=sockets,
             api_socket=api,
-            udp=level is not Network.LOCALHOST or uses_udp,
+            udp=level is not Network.LOCALHOST or bool(udp),
         )
 
     def _level(self) -> Network:

@@ -17,10 +17,12 @@ from schemas.status import State, Stats
 from schemas.subjects import build_cid
 from worker.answers import sandbox_of
 from worker.config import Config
+from worker.disk_use import DiskMeter
+from worker.downloads import Downloads
 from worker.entrypoint import ResolvedCommand, resolve_command
 from worker.errors import Conflict, DeadlineExceeded, NotFound
 from worker.log_query import read_lines
-from worker.platform.base import ROOTED, Profile, SandboxPolicy
+from worker.platform.base import ROOTED, Profile, RunAs, SandboxPolicy
 from worker.platform.darwin.unified_log import LogOutput, UnifiedLog
 from worker.profile_check import Attempts, check
 from worker.profiles import NO_INSTANCE, canonical_on, granting_all, links_of
@@ -29,6 +31,7 @@ from worker.refusals import Whose, report
 from worker.runtime import Runtime, target_of
 from worker.services import Services
 from worker.supervisor import ExecRequest, ExecResult
+from worker.volumes_commands import VolumeCommands
 
 LIST_PAGE = 250
 NO_RECORD = (
@@ -60,6 +63,13 @@ class Queries:
         self._info = info
         self._log = log
         self._explaining = asyncio.Lock()
+        self._measuring = asyncio.Lock()
+        self._meter = DiskMeter(services.data.root)
+        self._volumes = VolumeCommands(services, runtime)
+        self._downloads = Downloads(services, runtime)
+
+    async def close(self) -> None:
+        await self._downloads.close()
 
     def handlers(self) -> dict[str, Query]:
         """One for every verb of the contract; what is not built yet answers `unsupported`."""
@@ -257,27 +267,43 @@ class Queries:
             record = self._record(request.container)
             status = record.status
             return _Subject(
-                services, record.spec, request.container, status.instance, status.port, status.run
+                services,
+                record.spec,
+                request.container,
+                status.instance,
+                status.port,
+                status.run,
+                record.user,
             )
         if request.spec is None or request.service is None:
             raise InvalidCommand("give a container, or a service and a spec", field="container")
         cid = build_cid(request.service, request.replica)
         return _Subject(services, request.spec, cid, NO_INSTANCE, None)
 
+    async def export(self, request: q.ExportRequest) -> q.PieceReply:
+        return await self._downloads.export(request)
+
+    async def save(self, request: q.SaveRequest) -> q.PieceReply:
+        return await self._downloads.save(request)
+
+    async def volumes(self, request: q.VolumesRequest) -> q.VolumesReply:
+        return q.VolumesReply(volumes=await self._volumes.entries(request.name))
+
     async def images(self, request: q.ImagesRequest) -> q.ImagesReply:
-        listed = self._services.images.list(self._runtime.images_in_use())
-        return q.ImagesReply(
-            images=[
-                q.ImageEntry(
-                    name=i.name,
-                    digest=i.digest,
-                    bytes=i.bytes,
-                    created_at=i.created_at,
-                    containers=i.containers,
-                )
-                for i in listed
-            ]
-        )
+        return q.ImagesReply(images=self._services.images.list())
+
+    async def image(self, request: q.ImageRequest) -> q.ImageReply:
+        return self._services.images.describe(request.image)
+
+    async def df(self, request: q.DfRequest) -> q.DfReply:
+        """One at a time: who comes meanwhile is told what the first one counted."""
+        services = self._services
+        async with self._measuring:
+            images = await services.images.use()
+            names = [status.container for status in self._runtime.statuses()]
+            return await services.in_thread(
+                self._meter.measure, images, names, services.cloner.told(), refresh=request.refresh
+            )
 
 
 class _Subject(msgspec.Struct, frozen=True):
@@ -289,11 +315,18 @@ class _Subject(msgspec.Struct, frozen=True):
     instance: str
     port: int | None
     run: int = 0
+    user: RunAs | None = None
 
     def policy(self, spec: ServiceSpec | None = None, config: Config | None = None) -> SandboxPolicy:
         """Of its spec, or of a changed one, on this node or one that grants something else."""
         return self.services.make_policy(
-            self.spec if spec is None else spec, self.cid, self.instance, self.port, self.run, config=config
+            self.spec if spec is None else spec,
+            self.cid,
+            self.instance,
+            self.port,
+            self.run,
+            user=self.user,
+            config=config,
         )
 
 

@@ -7,6 +7,7 @@ import msgspec
 
 from schemas.spec import ServiceSpec
 from schemas.status import ContainerStatus, Reason
+from worker.platform.base import RunAs
 
 
 class ContainerRecord(msgspec.Struct, frozen=True, kw_only=True):
@@ -15,7 +16,8 @@ class ContainerRecord(msgspec.Struct, frozen=True, kw_only=True):
     `spec` is the user's own, secret references unresolved. `created_by` and `started_by` are the ids of the
     commands that made the instance and its newest run: after a crash they tell a step that was done from one
     that was not. `ready` is false while the create is still working. `intent` is why we are ending the run
-    (a Reason), kept so that a new worker gives the same reason.
+    (a Reason), kept so that a new worker gives the same reason. `user` and `stop_signal` are what came of spec
+    and image at the create: what the container does to its own files later cannot change them.
     """
 
     status: ContainerStatus
@@ -27,6 +29,8 @@ class ContainerRecord(msgspec.Struct, frozen=True, kw_only=True):
     shim_pid: int | None = None
     shim_start: int | None = None
     boot_id: str | None = None
+    user: RunAs | None = None
+    stop_signal: int | None = None
 
     def with_status(self, **changes: Any) -> "ContainerRecord":
         return msgspec.structs.replace(self, status=msgspec.structs.replace(self.status, **changes))

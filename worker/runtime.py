@@ -3,7 +3,6 @@
 import asyncio
 import os
 import signal
-from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from datetime import datetime
@@ -18,6 +17,7 @@ from schemas.status import ContainerStatus, Reason, State
 from worker.container import ContainerActor
 from worker.datadir import ContainerDirs
 from worker.errors import NotFound, Unavailable
+from worker.expiry import Expiry
 from worker.ids import new_ulid
 from worker.journal import Tx
 from worker.lifecycle import LIVE
@@ -26,8 +26,11 @@ from worker.records import ContainerRecord, decode_record
 from worker.services import Services
 from worker.stats import Target
 from worker.supervisor import ExitRecord, LaunchedContainer
+from worker.volume_s3.mirrors import SAYS
 from worker.work import Work, now_utc
 
+# States whose message is about something else.
+UNTOLD = (State.PENDING, State.INITIALIZING)
 DEATH_TIMEOUT_S = 3.0
 LEFTOVERS_TIMEOUT_S = 10.0
 DEATH_POLL_S = 0.02
@@ -44,6 +47,10 @@ class Runtime:
         self._actors: dict[str, ContainerActor] = {}
         self._tasks: asyncio.TaskGroup | None = None
         self._running: set[asyncio.Task[None]] = set()
+        self._strangers: list[LaunchedContainer] = []
+        self._leaving: list[str] = []
+        self._expiry = Expiry(self._expire)
+        services.on_record = self._expiry.watch
         services.remove_later = self._remove_later
         services.container_count = lambda: sum(1 for a in self._actors.values() if a.record is not None)
         services.live_count = self.live_count
@@ -57,6 +64,7 @@ class Runtime:
                 yield self
             finally:
                 self._tasks = None
+                self._expiry.close()
                 for task in self._running:
                     task.cancel()
 
@@ -98,6 +106,11 @@ class Runtime:
     def statuses(self) -> list[ContainerStatus]:
         return [a.status for a in self.containers()]
 
+    def status(self, cid: str) -> ContainerStatus | None:
+        """None when there is no such container."""
+        actor = self._actors.get(cid)
+        return None if actor is None or actor.record is None else actor.record.status
+
     def live(self) -> list[ContainerStatus]:
         """Of everything that starts, runs or stops."""
         return [a.status for a in self._actors.values() if a.state in LIVE]
@@ -110,13 +123,6 @@ class Runtime:
         places = self.services.data.container
         found = (target_of(a.record, places(a.cid)) for a in self._actors.values() if a.record is not None)
         return [target for target in found if target is not None]
-
-    def images_in_use(self) -> Counter[str]:
-        return Counter(
-            a.record.status.image_digest
-            for a in self._actors.values()
-            if a.record is not None and a.record.status.image_digest is not None
-        )
 
     def submit_internal(self, actor: ContainerActor, command: ContainerCommand, verb: str) -> None:
         """A command of our own, which no ledger knows, in the container's own queue."""
@@ -131,6 +137,28 @@ class Runtime:
             return
         command = Remove(id=f"auto-{new_ulid()}", if_instance=record.status.instance)
         self.submit_internal(actor, command, "remove")
+
+    def _expire(self, cid: str, instance: str) -> bool:
+        """`ttl_after_finished_s` is over. False while the container has something to do: it may be started."""
+        actor = self._actors.get(cid)
+        if actor is None:
+            return True
+        if not actor.idle:
+            return False
+        # Without force: a container that was started after all is spared.
+        command = Remove(id=f"ttl-{new_ulid()}", if_instance=instance, force=False)
+        self.submit_internal(actor, command, "remove")
+        return True
+
+    async def say(self, cid: str, instance: str, text: str | None) -> None:
+        """What an s3 volume has to tell in its container's status; None takes back what it told."""
+        actor = self._actors.get(cid)
+        record = None if actor is None else actor.record
+        if actor is None or record is None or record.status.instance != instance:
+            return
+        ours = record.status.message is None or record.status.message.startswith(SAYS)
+        if ours and record.status.message != text and record.status.state not in UNTOLD:
+            await actor.update(lambda r: r.with_status(message=text))
 
     # -- the launcher's news
 
@@ -155,7 +183,11 @@ class Runtime:
     # -- adoption
 
     async def adopt(self) -> int:
-        """Bring the journal and the launcher together. Gives the number of containers found running."""
+        """Bring the journal and the launcher together. Gives the number of containers found running.
+
+        What the launcher runs and the journal does not know is left alone until `end_strangers`: the journal may
+        be an old copy, and this worker about to be fenced.
+        """
         records = await self.services.journal.read(_records)
         launched = {c.cid: c for c in await self.services.launcher.containers()}
         for record in records:
@@ -169,14 +201,33 @@ class Runtime:
                 record=record,
             )
             found = launched.pop(status.container, None)
-            if found is not None and found.instance != status.instance:
-                await self._kill_stranger(found)
+            if found is not None and _is_stranger(found, status):
+                self._strangers.append(found)
                 found = None
+            else:
+                self._expiry.watch(actor.cid, record)
+            if status.image_digest is not None:
+                self.services.images.keep_for(actor.cid, status.image_digest)
             await self._reconcile(actor, record, found)
-        for stranger in launched.values():
-            await self._kill_stranger(stranger)
-        await self.services.in_thread(self.services.sweep_strangers, {r.status.container for r in records})
+        self._strangers += launched.values()
         return self.live_count()
+
+    async def end_strangers(self) -> None:
+        """End the process trees that the journal knows nothing of, and delete what belongs to nobody: left by a
+        worker whose journal is gone. Only for the one owner of the node's name, before it begins anything.
+        """
+        strangers, self._strangers = self._strangers, []
+        for stranger in strangers:
+            await self._kill_stranger(stranger)
+            actor = self._actors.get(stranger.cid)
+            if actor is not None and actor.record is not None:
+                self._expiry.watch(actor.cid, actor.record)
+                await self._guard_port(actor.record.status)
+        leaving, self._leaving = self._leaving, []
+        for cid in leaving:
+            self._remove_later(cid)
+        known = {status.container for status in self.statuses()}
+        await self.services.in_thread(self.services.sweep_strangers, known)
 
     async def _reconcile(
         self, actor: ContainerActor, record: ContainerRecord, found: LaunchedContainer | None
@@ -186,13 +237,11 @@ class Runtime:
         if status.run > 0:
             services.logs.attach(actor.cid, status.instance, state_dir, status.run)
         if status.state not in LIVE:
-            if found is not None and found.exit is not None:
+            if found is not None:
                 await self._forget(actor.cid, status.instance)
-            elif found is not None and found.pid is not None:
-                await self._kill_stranger(found)
             await self._guard_port(status)
             if status.state is State.EXITED and record.spec.lifecycle.delete_on_exit:
-                self._remove_later(actor.cid)
+                self._leaving.append(actor.cid)
             return
         ended = found.exit if found is not None else services.read_exit(state_dir, status)
         if found is not None and found.run == status.run and found.exit is None:
@@ -224,7 +273,6 @@ class Runtime:
             logger.warning("port {} of {} is not guarded: {}", status.port, status.container, failure.message)
 
     async def _kill_stranger(self, stranger: LaunchedContainer) -> None:
-        """A process tree the journal knows nothing of, left by a worker whose journal is gone."""
         logger.warning("ending {} ({}), which this journal does not know", stranger.cid, stranger.instance)
         try:
             if stranger.exit is None:
@@ -316,17 +364,21 @@ class Runtime:
 
     async def repeat(self, due: Callable[[ContainerRecord, datetime | None], bool]) -> int:
         """Publish the status of every container again for which `due` says so."""
-        count = 0
-        for actor in self.containers():
-            if actor.record is not None and due(actor.record, actor.told_at):
-                await actor.update(lambda r: r, repeat=True)
-                count += 1
-        return count
+        wanted = [a for a in self.containers() if a.record is not None and due(a.record, a.told_at)]
+        await asyncio.gather(*(actor.update(lambda r: r, repeat=True) for actor in wanted))
+        return len(wanted)
 
     def node_state(self) -> NodeState:
         if not self.services.draining:
             return NodeState.READY
         return NodeState.DRAINING if self.live_count() else NodeState.DRAINED
+
+
+def _is_stranger(found: LaunchedContainer, status: ContainerStatus) -> bool:
+    """Whether it is another instance than the journal's, or a run that the journal does not know to be alive."""
+    if found.instance != status.instance:
+        return True
+    return found.exit is None and (status.state not in LIVE or found.run != status.run)
 
 
 def target_of(record: ContainerRecord, dirs: ContainerDirs | None = None) -> Target | None:

@@ -11,28 +11,41 @@ from typing import Any, ParamSpec, TypeVar
 
 import msgspec
 
-from schemas.spec import ServiceSpec
+from schemas.errors import InvalidSpec
+from schemas.spec import ServiceSpec, SpecFeature, unsupported_fields
 from schemas.status import ContainerStatus, Stats
 from schemas.subjects import Subjects
 from worker.config import Config
 from worker.datadir import ContainerDirs, DataDir
 from worker.entrypoint import runnable, shown
-from worker.errors import CreateFailed, PolicyDenied, PullFailed, ResourceExhausted, Unsupported
+from worker.errors import (
+    ContractError,
+    CreateFailed,
+    PolicyDenied,
+    PullFailed,
+    ResourceExhausted,
+    Unsupported,
+)
 from worker.host_api import HostApi
 from worker.ids import new_ulid
+from worker.images.accounts import read_accounts, run_as
+from worker.images.cloning import MeasuredCloner
 from worker.images.model import ImageConfig, oci_platform
 from worker.images.pull import Puller
 from worker.images.store import ImageStore
+from worker.images.transfers import Transfers
 from worker.images.trees import remove_tree
 from worker.journal import Journal
 from worker.logs import LogShipper, write_incomplete_eof
-from worker.platform.base import ROOTED, Driver, SandboxPolicy
+from worker.owners import hand_over
+from worker.platform.base import ROOTED, Driver, RunAs, SandboxPolicy
 from worker.policy import HostFacts, check_image, make_policy
 from worker.policy_paths import Forbidden, Missing, NotGranted, granted_path
 from worker.records import ContainerRecord
 from worker.secret_files import SecretFiles
 from worker.stats import Target
 from worker.supervisor import ExitRecord, Launcher, read_exit_record
+from worker.volume_s3.mirrors import Mirrors
 from worker.volumes import make_sources, mount_volumes
 
 P = ParamSpec("P")
@@ -53,17 +66,21 @@ class Services:
     data: DataDir
     driver: Driver
     images: ImageStore
+    cloner: MeasuredCloner
     puller: Puller
+    transfers: Transfers
     logs: LogShipper
     launcher: Launcher
     host: HostFacts
     secrets: SecretFiles
     host_api: HostApi
+    mirrors: Mirrors
     boot_id: str
     features: frozenset[str]
     slots: int
     threads: ThreadPoolExecutor
     draining: bool = False
+    on_record: Callable[[str, ContainerRecord | None], None] = field(default=lambda cid, record: None)
     remove_later: Callable[[str], None] = field(default=lambda cid: None)
     measure: Callable[[Target], Awaitable[Stats | None]] | None = None
     attach_launcher: Callable[[], Awaitable[None]] | None = None
@@ -88,13 +105,14 @@ class Services:
         port: int | None,
         run: int = 0,
         *,
+        user: RunAs | None = None,
         config: Config | None = None,
     ) -> SandboxPolicy:
         """The container's sandbox under the node's policy of now: a grant that was taken back counts.
 
         With `config`, under that of a node that grants something else.
         """
-        return make_policy(
+        made = make_policy(
             spec,
             config=self.config if config is None else config,
             dirs=self.data.container(cid),
@@ -105,10 +123,13 @@ class Services:
             driver=self.driver,
             run=run,
         )
+        return made if user is None else msgspec.structs.replace(made, user=user)
 
     def policy_of(self, record: ContainerRecord) -> SandboxPolicy:
         status = record.status
-        return self.make_policy(record.spec, status.container, status.instance, status.port, status.run)
+        return self.make_policy(
+            record.spec, status.container, status.instance, status.port, status.run, user=record.user
+        )
 
     def plan(self, policy: SandboxPolicy) -> dict[str, Any]:
         """The launcher's plan for a policy, kept per instance while the policy is the same."""
@@ -142,6 +163,37 @@ class Services:
                 field="spec.platform",
             )
 
+    def check_features(self, spec: ServiceSpec) -> None:
+        """Raises Unsupported for a field that this node cannot honour. A `user` is looked at by `run_as`."""
+        lacking = unsupported_fields(spec, self.features | {SpecFeature.USER})
+        if lacking:
+            raise Unsupported(f"this node cannot honour spec.{lacking[0]}", field=f"spec.{lacking[0]}")
+
+    def run_as(self, spec: ServiceSpec, image: ImageConfig, root: Path) -> RunAs | None:
+        """The user of a container, when it is not the worker's own; `root` has the image's files. Blocking.
+
+        InvalidSpec, Unsupported and CreateFailed say whose user it is that cannot be had. A worker that is not
+        root, or may not change users, runs what an image says as itself.
+        """
+        asked = spec.user or (image.user if self.driver.changes_user() else None)
+        if not asked:
+            return None
+        try:
+            found = run_as(asked, *read_accounts(root))
+        except ValueError as failure:
+            if spec.user is not None:
+                raise InvalidSpec(str(failure), field="spec.user") from None
+            raise CreateFailed(f"the image is to run as {asked[:80]}: {failure}") from None
+        me = RunAs(uid=os.geteuid(), gid=os.getegid())
+        if found == me or (found.uid == me.uid and ":" not in asked):
+            return None
+        if not self.driver.changes_user():
+            raise Unsupported(
+                f"containers of this node run as uid {me.uid}: its worker may not change users",
+                field="spec.user",
+            )
+        return found
+
     def check_slots(self) -> None:
         """Raises ResourceExhausted when the node may hold no more containers."""
         most = self.config.policy.max_containers
@@ -166,6 +218,14 @@ class Services:
         except Missing as failure:
             raise PullFailed(str(failure), field="source_dir") from None
 
+    def archive_source(self, source_file: str) -> Path:
+        """The file that `load_image` may read: below the `register_roots`, as a folder that is registered."""
+        try:
+            return self.register_source(source_file)
+        except ContractError as failure:
+            failure.field = "source_file"
+            raise
+
     def image_config(self, digest: str | None) -> ImageConfig:
         if digest is None:
             return ImageConfig()
@@ -177,9 +237,13 @@ class Services:
     # -- files of a container (blocking: call in a thread)
 
     def write_container_files(
-        self, dirs: ContainerDirs, record: ContainerRecord, policy: SandboxPolicy
-    ) -> None:
-        """What stands in `state/` for a person to read, and the volumes' places in the rootfs."""
+        self, dirs: ContainerDirs, record: ContainerRecord, policy: SandboxPolicy, image: ImageConfig
+    ) -> SandboxPolicy:
+        """What stands in `state/` for a person to read, and the volumes' places in the rootfs.
+
+        Gives the policy with the user that spec and image ask for, who owns the container's files then.
+        """
+        policy = msgspec.structs.replace(policy, user=self.run_as(record.spec, image, dirs.rootfs))
         try:
             if policy.isolation == ROOTED:
                 make_sources(policy.volumes)
@@ -190,8 +254,10 @@ class Services:
             name = "sandbox.sb" if profile.language == "sbpl" else "sandbox.json"
             text = profile.text.encode() if profile.language == "sbpl" else _encode(profile)
             _write(dirs.state / name, text)
+            hand_over(policy, dirs, self.data)
         except OSError as failure:
             raise CreateFailed(f"{failure.filename or dirs.root}: {failure.strerror}") from failure
+        return policy
 
     def new_container(self, dirs: ContainerDirs, cid: str) -> None:
         """Make a container's directories, in the place of any that are there."""

@@ -156,6 +156,16 @@ SETTINGS: tuple[Setting, ...] = (
         doc="a config.json of Docker's with credentials for registries, or their helpers",
     ),
     Setting(key="images.max_parallel", kind=Kind.COUNT, default="3", doc="layers that are fetched at a time"),
+    Setting(
+        key="images.max_bytes",
+        kind=Kind.SIZE,
+        doc='the most that the image store keeps, such as "50Gi"; the longest unused go first',
+    ),
+    Setting(
+        key="volumes.s3_ca",
+        kind=Kind.PATH,
+        doc="certificates that s3 volumes trust in the place of the system's",
+    ),
     Setting(key="policy.register_roots", kind=Kind.PATHS, doc="folders below which register_image may read"),
     Setting(key="policy.bind_sources", kind=Kind.PATHS, doc="folders below which bind mounts may begin"),
     Setting(key="policy.read", kind=Kind.PATHS, doc="folders that sandbox.read may open"),
@@ -187,10 +197,22 @@ SETTINGS: tuple[Setting, ...] = (
         key="policy.gpu", kind=Kind.FLAG, default="true on a Mac", doc="whether a container may have the GPU"
     ),
     Setting(
+        key="policy.s3_endpoints",
+        kind=Kind.LIST,
+        default="https://*",
+        doc="where s3 volumes may be: patterns of scheme://host:port, the port always written out; an address that "
+        "is not public only where the pattern says the host",
+    ),
+    Setting(
         key="policy.images",
         kind=Kind.LIST,
         default="*",
         doc="names (patterns) of the images that may be used",
+    ),
+    Setting(
+        key="policy.push",
+        kind=Kind.LIST,
+        doc="names (patterns) that images of this node may be pushed as",
     ),
     Setting(key="policy.max_memory", kind=Kind.SIZE, doc='the most memory of one container, such as "2Gi"'),
     Setting(key="policy.max_containers", kind=Kind.COUNT, doc="the most containers that exist at a time"),

@@ -9,7 +9,9 @@ from typing import Any
 import msgspec
 
 from schemas.errors import ContractError
+from schemas.spec import S3Storage
 from schemas.status import Reason, State
+from schemas.values import normal_target
 from worker.container import STARTS, ContainerActor
 from worker.ending import Ender
 from worker.entrypoint import build_env, resolve_command
@@ -22,11 +24,15 @@ from worker.errors import (
     Unavailable,
 )
 from worker.lifecycle import LIVE, Trigger, next_state
+from worker.owners import give_volumes
 from worker.platform.base import ROOTED, ROOTED_TMP, SandboxPolicy
 from worker.records import ContainerRecord, from_unix_us
 from worker.services import Services
 from worker.supervisor import LaunchedContainer, StartRequest
-from worker.volumes import empty_tmpfs
+from worker.volume_s3.mirrors import Wanted
+from worker.volume_s3.source import source_of
+from worker.volumes import empty_tmpfs, make_places
+from worker.volumes_env import volume_variables
 from worker.work import Phase, Work, now_utc
 
 
@@ -84,7 +90,10 @@ class Starter:
         run = record.status.run
         try:
             await self._launch(actor, work, record, result, policy)
-        except ContractError as failure:
+        except BaseException as failure:
+            self._services.mirrors.ended(record.status.instance)
+            if not isinstance(failure, ContractError):
+                raise
             error = failure
             if work.overtaken_by is None:
                 await actor.transition(
@@ -119,12 +128,17 @@ class Starter:
         services, status = self._services, record.status
         if policy is None:
             policy = services.policy_of(record)
+        await self._fetch(actor, work, record, policy)
+        if policy.isolation == ROOTED and len(policy.volumes) > 1:
+            await services.in_thread(make_places, policy.volumes)
         dirs = services.data.container(actor.cid)
         told = services.host_api.begin(status, dirs, rooted=policy.isolation == ROOTED)
         request = self.start_request(record, policy, told)
         scratch = [volume for volume in policy.volumes if volume.kind == "tmpfs"]
         if scratch:
             await services.in_thread(empty_tmpfs, scratch)
+            if policy.user is not None:
+                await services.in_thread(give_volumes, scratch, policy.user)
         if work.overtaken_by is not None:
             await self._cancel_start(actor, work, 0)
         starting = asyncio.create_task(services.launcher.start(request), name=f"launch {actor.cid}")
@@ -157,6 +171,30 @@ class Starter:
         early, actor.early_exit = actor.early_exit, None
         if early is not None:
             await self._ender.apply_exit(actor, early)
+
+    async def _fetch(
+        self, actor: ContainerActor, work: Work, record: ContainerRecord, policy: SandboxPolicy
+    ) -> None:
+        """Bring the s3 volumes up to date; the status tells while that takes. Raises StartFailed, ResourceExhausted,
+        and Conflict when a stop or remove does not wait for it."""
+        wanted = [
+            Wanted(index, f"/{normal_target(item.target)}", source_of(item, field=f"spec.storage[{index}]"))
+            for index, item in enumerate(record.spec.storage)
+            if isinstance(item, S3Storage)
+        ]
+        if not wanted:
+            return
+
+        async def say(text: str | None) -> None:
+            await actor.update(lambda r: r.with_status(message=text), work=work)
+
+        owner = None if policy.user is None else (policy.user.uid, policy.user.gid)
+        await self._services.mirrors.fetch(
+            actor.cid, record.status.instance, wanted, work.overtaken, say, owner=owner
+        )
+        if work.overtaken_by is not None:
+            await self._cancel_start(actor, work, 0)
+        await actor.update(lambda r: r.with_status(message=None), tell=False)
 
     async def _cancel_start(self, actor: ContainerActor, work: Work, exit_code: int) -> None:
         reason = Reason.STOPPED if work.overtaken_by == "stop" else Reason.KILLED
@@ -215,6 +253,7 @@ class Starter:
             secrets=services.secrets,
             default_path=services.driver.default_path(),
             host_api=services.host_api.variables(status, dirs, rooted=rooted) if told is None else told,
+            volumes=volume_variables(policy.volumes, rooted=rooted),
         )
         command = resolve_command(
             spec,

@@ -54,6 +54,7 @@ from worker.supervisor_wire import (
     Wire,
     connect,
     is_alive,
+    launcher_build,
     launcher_program,
     read_key,
     spawn_launcher,
@@ -98,12 +99,13 @@ class Launcher(News):
         super().__init__()
         self.pid = 0
         self.start_time = 0
-        self.build = 0
+        self.build = ""
         self._home = home
         self._ids = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._wire: Wire | None = None
         self._recovery: asyncio.Task[None] | None = None
+        self._changing: asyncio.Future[None] | None = None
         self._closed = False
 
     # -- finding it
@@ -148,7 +150,8 @@ class Launcher(News):
                     f"the launcher at {self._home.launcher_socket} does not take this worker: {failure}"
                 ) from failure
             raise
-        self.pid, self.start_time, self.build = answer["pid"], answer["start_time"], answer["build"]
+        self.pid, self.start_time = answer["pid"], answer["start_time"]
+        self.build = str(answer.get("build", ""))
         self._wire = wire
         return True
 
@@ -160,6 +163,11 @@ class Launcher(News):
             await asyncio.wait([self._recovery])
         if self._wire is not None:
             await self._wire.close()
+
+    @property
+    def busy(self) -> bool:
+        """Whether something was asked that is not answered yet."""
+        return bool(self._waiting)
 
     # -- ops
 
@@ -262,15 +270,25 @@ class Launcher(News):
     async def reexec(self) -> None:
         """Have the launcher replace itself by this worker's code of it; its containers go on.
 
-        Conflict while an exec or a start is under way, Unsupported when its code or ours is too old for that.
+        What is asked meanwhile waits; what was asked before and is not answered fails with Unavailable. Conflict
+        while an exec or a start is under way, Unsupported when its code or ours cannot do that: the launcher then
+        goes on as it is.
         """
-        wire = self._wire
         python, program = launcher_program()
-        await self._ask("reexec", START_TIMEOUT_S, python=python, program=program)
-        if wire is not None:
+        build = await asyncio.to_thread(launcher_build)
+        wire, changing = self._wire, asyncio.get_running_loop().create_future()
+        if wire is None or self._changing is not None:
+            raise Unavailable("the launcher is gone, or is being replaced already")
+        self._changing = changing
+        try:
+            fields = {"python": python, "program": program, "build": build}
+            await self._ask_on(wire, "reexec", fields, START_TIMEOUT_S)
             await wire.ended.wait()
-        if self._recovery is not None:
-            await asyncio.wait([self._recovery])
+            if self._recovery is not None:
+                await asyncio.wait([self._recovery])
+        finally:
+            self._changing = None
+            changing.set_result(None)
 
     async def shutdown(self, *, kill: bool) -> None:
         """End the launcher, and this connection. With `kill` its containers end first, else Conflict while
@@ -285,6 +303,8 @@ class Launcher(News):
     # -- requests
 
     async def _ask(self, op: str, timeout_s: float = ANSWER_TIMEOUT_S, /, **fields: Any) -> dict[str, Any]:
+        if self._changing is not None:
+            await asyncio.wait([self._changing])
         if self._recovery is not None:
             await asyncio.wait([self._recovery])
         if self._wire is None:

@@ -1,12 +1,14 @@
 """The launcher's socket and process as the worker meets them: frames, connecting, starting."""
 
 import asyncio
+import hashlib
 import os
 import socket
 import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -130,6 +132,21 @@ def launcher_program() -> tuple[str, str]:
     return sys.executable, str(Path(__file__).resolve().parent / "launcher" / "__main__.py")
 
 
+@cache
+def launcher_build() -> str:
+    """A name for the launcher's code that this worker has: of two that are the same code it is the same.
+
+    Reads some 70 small files, once.
+    """
+    here = Path(__file__).resolve().parent
+    digest = hashlib.sha256(sys.version.encode())
+    for folder in (here / "launcher", here / "platform", here / "platform" / os.uname().sysname.lower()):
+        for file in sorted(folder.glob("*.py")):
+            digest.update(f"\n{file.relative_to(here)}\n".encode())
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 async def spawn_launcher(home: LauncherHome, *, unsandboxed: bool = False) -> bool:
     """Start a launcher in a session of its own; it listens when this returns.
 
@@ -138,7 +155,7 @@ async def spawn_launcher(home: LauncherHome, *, unsandboxed: bool = False) -> bo
     """
     python, program = launcher_program()
     arguments = ["--data-dir", str(home.root), "--key-file", str(home.key_path)]
-    arguments += ["--socket", str(home.launcher_socket)]
+    arguments += ["--socket", str(home.launcher_socket), "--build", await asyncio.to_thread(launcher_build)]
     if unsandboxed:
         arguments.append("--unsandboxed-for-tests")
     environment = {name: os.environ[name] for name in _KEPT_ENVIRONMENT if name in os.environ}

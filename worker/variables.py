@@ -34,9 +34,11 @@ def build_env(
     secrets: SecretReader,
     default_path: str,
     host_api: Mapping[str, str] = MappingProxyType({}),
+    volumes: Mapping[str, str] = MappingProxyType({}),
     environ: Mapping[str, str] = os.environ,
 ) -> dict[str, str]:
-    """Every variable of one start, in a fixed order. `host_api` are those of the node's host API.
+    """Every variable of one start, in a fixed order. `host_api` are those of the node's host API, `volumes`
+    those that tell where each volume is.
 
     PolicyDenied for a reference that the operator has not granted, StartFailed for one that leads to
     nothing, each naming `spec.env.<NAME>` and never a value.
@@ -54,6 +56,7 @@ def build_env(
     found["SANDFLEET_NODE"] = node
     found["SANDFLEET_CONTAINER"] = cid
     found["SANDFLEET_INSTANCE"] = instance
+    found.update(volumes)
     found.update(host_api)
     return found
 

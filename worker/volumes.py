@@ -14,6 +14,7 @@ from worker.errors import CreateFailed, Unsupported
 from worker.images.trees import remove_tree
 from worker.platform.base import VolumeMount
 from worker.rootpath import resolve_in_root
+from worker.volumes_named import make_named
 
 OWN_KINDS = ("named", "anonymous", "tmpfs")
 
@@ -44,8 +45,32 @@ def mount_volumes(volumes: Iterable[VolumeMount], rootfs: Path) -> None:
 def make_sources(volumes: Iterable[VolumeMount]) -> None:
     """Make the folders that are ours to make. CreateFailed."""
     for volume in volumes:
-        if volume.kind in OWN_KINDS:
+        if volume.kind == "named":
+            make_named(Path(volume.source), volume.size_bytes)
+        elif volume.kind in OWN_KINDS:
             _make_source(volume)
+
+
+def make_places(volumes: Iterable[VolumeMount]) -> None:
+    """Make, inside of volumes that are ours, the folders at which others are mounted: a read-only one could not be
+    given them later. What stands there stays. CreateFailed.
+
+    Volumes of the operator's (`bind`) get theirs by the mount itself, and only where they may be written.
+    """
+    placed = sorted(volumes, key=lambda v: len(v.target))
+    for inner in placed:
+        above = [v for v in placed if inner.target.startswith(v.target.rstrip("/") + "/")]
+        if not above or above[-1].kind in ("bind", "tmpfs"):
+            continue
+        below = PurePosixPath("/") / inner.target[len(above[-1].target) :].lstrip("/")
+        try:
+            _make_folders(Path(above[-1].source), below)
+        except OSError as failure:
+            raise CreateFailed(
+                f"the place for {inner.target} in the volume at {above[-1].target} cannot be made: "
+                f"{failure.strerror}",
+                field="spec.storage",
+            ) from failure
 
 
 def empty_tmpfs(volumes: Iterable[VolumeMount]) -> None:

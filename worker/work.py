@@ -121,8 +121,10 @@ def write_completion(
     tx.complete(work.id, _encoder.encode(event), event.time)
 
 
-def write_image(tx: Tx, subjects: Subjects, work: Work, image: ImageInfo, action: ImageAction) -> None:
-    """Write an `image_changed`."""
+def write_image(
+    tx: Tx, subjects: Subjects, work: Work | None, image: ImageInfo, action: ImageAction
+) -> None:
+    """Write an `image_changed`; without `work` the node did it by itself."""
 
     def make(head: EventHead) -> ImageChanged:
         return ImageChanged(
@@ -131,14 +133,14 @@ def write_image(tx: Tx, subjects: Subjects, work: Work, image: ImageInfo, action
             boot=head.boot,
             seq=head.seq,
             time=head.time,
-            command_id=None if work.internal else work.id,
+            command_id=None if work is None or work.internal else work.id,
             image=image.name,
             digest=image.digest,
             action=action,
             bytes=image.bytes,
         )
 
-    tx.event(subjects.image_event(tx.node), make, headers=work.headers)
+    tx.event(subjects.image_event(tx.node), make, headers=None if work is None else work.headers)
 
 
 def write_state(

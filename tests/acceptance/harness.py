@@ -20,10 +20,16 @@ import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import nats
+import pytest
 from nats.js.api import ConsumerConfig, DeliverPolicy
+
+from tests.broker import BROKER, Address, cannot, wait_for
+
+if TYPE_CHECKING:
+    from tests.containers import ServerContainer
 
 P = "sandfleet.v1"
 BIN = Path(sys.executable).parent
@@ -35,42 +41,50 @@ def new_id() -> str:
 
 
 class Server:
-    """A nats-server with JetStream on a free port and a store that survives restarts."""
+    """A nats-server with JetStream on a free port and a store that survives restarts.
+
+    A process, a container, or somebody else's server, which is emptied and can be neither stopped nor killed:
+    tests/broker.py has the switch.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.port = _free_port()
-        self.process: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[bytes] | ServerContainer | None = None
+        self._address = Address("fleet") if BROKER.form == "address" else None
+        self._port = 0 if self._address is not None else _free_port()
+
+    @property
+    def port(self) -> int:
+        return self._port if self._address is None else self._address.port
 
     @property
     def url(self) -> str:
-        return f"nats://127.0.0.1:{self.port}"
+        return f"nats://127.0.0.1:{self._port}" if self._address is None else self._address.url
 
     def start(self) -> None:
+        if self._address is not None:
+            wait_for(self._address.claim())
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
-        log = (self.folder / "server.log").open("ab")
-        self.process = subprocess.Popen(
-            [
-                str(BIN / "nats-server"),
-                "-a",
-                "127.0.0.1",
-                "-p",
-                str(self.port),
-                "-js",
-                "-sd",
-                str(self.folder),
-            ],
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-        log.close()
+        self.process = self._spawn(["-a", "127.0.0.1", "-p", str(self._port), "-js", "-sd", str(self.folder)])
         deadline = time.monotonic() + DEADLINE_S
         while time.monotonic() < deadline:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self.port), 0.2):
+            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", self._port), 0.2):
                 return
             time.sleep(0.01)
         raise AssertionError("nats-server did not start")
+
+    def _spawn(self, arguments: list[str]) -> subprocess.Popen[bytes] | ServerContainer:
+        if BROKER.form == "testcontainers":
+            from tests.containers import ServerContainer, no_engine
+
+            if reason := no_engine():
+                pytest.skip(reason)
+            return ServerContainer(arguments, [self.folder])
+        with (self.folder / "server.log").open("ab") as log:
+            return subprocess.Popen(
+                [str(BIN / "nats-server"), *arguments], stdout=log, stderr=log, start_new_session=True
+            )
 
     def kill(self) -> None:
         self._end(signal.SIGKILL)
@@ -79,10 +93,19 @@ class Server:
         self._end(signal.SIGTERM)
 
     def _end(self, number: int) -> None:
+        if self._address is not None:
+            cannot("this test ends its server")
         if self.process is not None:
             self.process.send_signal(number)
             self.process.wait(10)
             self.process = None
+
+    def close(self) -> None:
+        """When the test is over."""
+        if self._address is not None:
+            wait_for(self._address.release())
+        else:
+            self.stop()
 
 
 class Worker:
@@ -414,7 +437,11 @@ class Fleet:
         self.client = Client(node)
 
     async def __aenter__(self) -> Fleet:
-        self.server.start()
+        try:
+            self.server.start()
+        except BaseException:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            raise
         self.worker.start()
         await self.client.connect(self.server.url)
         await self.ready()
@@ -451,8 +478,7 @@ class Fleet:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(launcher, signal.SIGTERM)
             await until(lambda: not Path(f"/proc/{launcher}").exists())
-        if self.server.process is not None:
-            self.server.stop()
+        self.server.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def image(self, name: str, files: dict[str, str]) -> str:

@@ -15,7 +15,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -25,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.acceptance.harness import Fleet, P, until
-from tests.bench import pulls, sandbox
+from tests.bench import images, pulls, sandbox
 
 CONFIG = '[node]\nstats_interval_s = 10\n[policy]\nregister_roots = ["{images}"]\nread = ["{prefix}"]\n'
 BWRAP = ["bwrap", "--unshare-all", "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc", "true"]
@@ -361,33 +360,8 @@ def cpu_s(pid: int) -> float:
 
 
 async def bench_images(fleet: Fleet) -> Rows:
-    """Cloning 10,000 small files for a container, beside `cp -a`."""
-    folder = fleet.images / "many"
-    for n in range(100):
-        (folder / f"d{n}").mkdir(parents=True)
-        for m in range(100):
-            (folder / f"d{n}" / f"f{m}").write_bytes(b"x" * 1000)
-    await fleet.client.ok(None, "register_image", image="many", source_dir=str(folder))
-    spec = {"image": {"name": "many"}}
-    ours, theirs = [], []
-    for n in range(3):
-        began = time.perf_counter()
-        await fleet.client.ok(f"many-{n}", "create", spec=spec)
-        ours.append(time.perf_counter() - began)
-        await fleet.client.ok(f"many-{n}", "remove")
-        copy = Path(tempfile.mkdtemp(dir=fleet.folder))
-        began = time.perf_counter()
-        await asyncio.to_thread(
-            subprocess.run, ["cp", "-a", "--reflink=auto", str(folder), str(copy)], check=True
-        )
-        theirs.append(time.perf_counter() - began)
-        await asyncio.to_thread(shutil.rmtree, copy)
-    ratio = min(ours) / min(theirs)
-    return [
-        row("cp -a --reflink=auto of 10,000 files", min(theirs), "s", "the rival", None),
-        row("`create` from an image of 10,000 files", min(ours), "s", "", None),
-        row("create ÷ cp", ratio, "", "2 or less", ratio <= 2),
-    ]
+    """See `images`."""
+    return await images.measure(fleet, row)
 
 
 BENCHES: dict[str, Callable[[Fleet], Awaitable[Rows]]] = {

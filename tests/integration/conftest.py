@@ -1,5 +1,5 @@
 """Real servers for the tests: a nats-server per module on a free port with connections to it, and a launcher in a
-folder of its own. Nothing here needs Docker or root.
+folder of its own. Nothing here needs Docker or root, unless SANDFLEET_TEST_NATS says otherwise (tests/broker.py).
 """
 
 import asyncio
@@ -14,6 +14,7 @@ from worker.bus.connection import Bus
 from worker.bus.server import EmbeddedServer
 from worker.supervisor import Launcher
 
+from .brokers import end_server, make_server
 from .launcher_help import Hearing, Home, data_directory
 
 
@@ -53,10 +54,10 @@ Connect = Callable[..., Coroutine[Any, Any, Bus]]
 @pytest.fixture(scope="module")
 def nats_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedServer]:
     """One server for the module, with JetStream in a temporary folder and no credentials."""
-    server = EmbeddedServer(store_dir=tmp_path_factory.mktemp("nats"))
+    server = make_server(store_dir=tmp_path_factory.mktemp("nats"), purpose="module")
     asyncio.run(server.start())
     yield server
-    asyncio.run(server.stop())
+    asyncio.run(end_server(server))
 
 
 @pytest.fixture
@@ -68,22 +69,18 @@ async def start_server(tmp_path: Path) -> AsyncIterator[ServerFactory]:
         *, config: str | None = None, store: Path | None = None, **options: object
     ) -> EmbeddedServer:
         number = len(servers)
-        path = None
         if config is not None:
             path = tmp_path / f"nats-{number}.conf"
             path.write_text(config)
-        server = EmbeddedServer(
-            store_dir=store or tmp_path / f"nats-{number}",
-            config=path,
-            **options,  # type: ignore[arg-type]
-        )
+            options["config"] = path
+        server = make_server(store_dir=store or tmp_path / f"nats-{number}", **options)
         servers.append(server)
         await server.start()
         return server
 
     yield start
     for server in servers:
-        await server.stop()
+        await end_server(server)
 
 
 @pytest.fixture

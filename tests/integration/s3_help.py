@@ -101,7 +101,7 @@ class Bucket:
         self.request("DELETE", key)
 
     def keys(self) -> list[str]:
-        client = S3Client(self.source(self.url), KEYS)
+        client = S3Client(self.source(self.url), KEYS, private=True)
         try:
             found: list[str] = []
             token: str | None = None

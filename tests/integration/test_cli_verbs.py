@@ -19,10 +19,10 @@ from schemas.node import NodeState
 from schemas.queries import DenialEntry, DenialsReply, ExecReply, ImageEntry, LogLine
 from schemas.status import State
 from worker.bus.connection import Bus
-from worker.bus.server import EmbeddedServer
 from worker.cli.app import run
 from worker.errors import Unavailable
 
+from .brokers import end_server, make_server
 from .conftest import NatsSettings
 from .fake_node import STARTED, FakeNode, status
 
@@ -33,11 +33,11 @@ class Fleet:
     """A server and nodes in a loop of their own thread; the command line runs in the test's."""
 
     def __init__(self, folder: Path) -> None:
+        self.server = make_server(store_dir=folder)
         self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever)
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
         self._buses: list[Bus] = []
-        self.server = EmbeddedServer(store_dir=folder)
         self.url = self.do(self.server.start())
 
     def do(self, work: Coroutine[Any, Any, T]) -> T:
@@ -57,7 +57,7 @@ class Fleet:
     def close(self) -> None:
         for bus in self._buses:
             self.do(bus.close())
-        self.do(self.server.stop())
+        self.do(end_server(self.server))
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()

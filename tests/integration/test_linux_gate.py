@@ -18,13 +18,13 @@ import pytest
 from schemas.status import Network
 from tests.integration.sandbox_help import Outcome, Place, attempt, make_helper, make_place, needs_sandbox
 from worker.platform.base import NetworkPolicy
-from worker.platform.linux import gate
+from worker.platform.linux import notify
 
 __all__ = ["make_helper", "make_place"]
 
 pytestmark = [
     needs_sandbox,
-    pytest.mark.skipif(not gate.supported(), reason="this kernel hands no system calls over"),
+    pytest.mark.skipif(not notify.supported(), reason="this kernel hands no system calls over"),
 ]
 
 # Runs `CHILD` confined, and answers its gate until it has ended; `say` is what the child printed.
@@ -58,7 +58,7 @@ os.close(saying)
 _, listeners, _, _ = socket.recv_fds(ours, 1, 1)
 if not listeners:
     raise OSError(os.read(said, 4096).decode())
-answering = enforce.open_gate(listeners[0], os.fsencode(API))
+answering = enforce.open_gate(listeners, os.fsencode(API))
 poll = select.poll()
 poll.register(listeners[0], select.POLLIN)
 ended = False

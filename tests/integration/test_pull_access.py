@@ -160,7 +160,7 @@ async def test_one_token_for_all_and_a_new_one_when_it_ends(store: ImageStore, p
         puller = pullers()
         assert (await puller.pull(f"{registry.host}/app", NOW)).fetched
         assert len(registry.asked("/token")) == 1
-        await store.remove(f"{registry.host}/app", in_use=set())
+        await store.remove(f"{registry.host}/app")
         # The registry forgets its tokens in the middle of a pull.
         fault = registry.fault("status", "GET .*/blobs/", status=401)
         fault.headers["WWW_Authenticate"] = (

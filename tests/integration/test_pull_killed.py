@@ -58,13 +58,13 @@ async def pull_again(root: Path, image: str) -> None:
     store = ImageStore.open(root, driver())
     puller = Puller(store, Config(policy=PolicyConfig(images=("localhost:*/*",))), Secrets())
     try:
-        assert store.list({}) == []
+        assert store.list() == []
         verified(store)
         pulled = await puller.pull(image, NOW)
         assert tree_files(store, pulled.image.digest) == {**APP, "big": CONTENT}
         verified(store)
-        await store.prune(set())
-        assert len(store.list({})) == 1
+        await store.prune()
+        assert len(store.list()) == 1
         assert [p.name for p in (root / "ingest").iterdir()] == []
     finally:
         await puller.close()

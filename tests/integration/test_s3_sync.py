@@ -57,7 +57,7 @@ class Mirror:
     def _with(self, use: Callable[[MirrorPass], Any], **settings: Any) -> Any:
         tree = MirrorTree(self.files, self.folder / "incoming")
         state = MirrorState(self.folder)
-        client = S3Client(self.source, KEYS, stopped=self.stopped)
+        client = S3Client(self.source, KEYS, private=True, stopped=self.stopped)
         fields: dict[str, Any] = {
             "fetching": False,
             "owned": True,
@@ -712,12 +712,23 @@ def test_nothing_of_this_machine_has_a_say(
     }.items():
         monkeypatch.setenv(name, value)
     for keys in (KEYS, None):
-        client = S3Client(bucket.source(proxy.url), keys)
+        client = S3Client(bucket.source(proxy.url), keys, private=True)
         client.head("a")
         client.close()
     signed, unsigned = proxy.seen
     assert "Credential=AKIDEXAMPLE/" in signed.headers["authorization"]
     assert "authorization" not in unsigned.headers
+
+
+def test_an_address_that_is_not_public_must_be_named(bucket: Bucket, proxy: FaultProxy) -> None:
+    """By the address that was connected to, whatever the name; not a byte is sent."""
+    for url in (proxy.url, proxy.url.replace("127.0.0.1", "localhost")):
+        client = S3Client(bucket.source(url), KEYS)
+        with pytest.raises(S3Failure, match="not public") as caught:
+            client.page(None)
+        client.close()
+        assert not caught.value.again
+    assert proxy.seen == []
 
 
 def test_memory_stays_bounded(mirror: Mirror, bucket: Bucket) -> None:

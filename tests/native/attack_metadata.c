@@ -65,6 +65,12 @@ static int lock_file(void)
     return fd < 0 || flock(fd, LOCK_EX | LOCK_NB) < 0 ? errno : 0;
 }
 
+static int lock_readable(void)
+{
+    int fd = open(text("%s/lease", param("readable")), O_RDONLY | O_CLOEXEC);
+    return fd < 0 || flock(fd, LOCK_EX | LOCK_NB) < 0 ? errno : 0;
+}
+
 /* Of a file that it may read: whoever opens that for writing waits for the lease to be given back, or 45 s. */
 static int lease_readable(void)
 {
@@ -83,11 +89,23 @@ const struct attempt metadata_attempts[] = {
     {"watch_folder", watch_folder, 0},
     {"watch_everything", watch_everything, 0},
     {"lock_file", lock_file, 0},
+    {"lock_readable", lock_readable, 0},
     {"lease_readable", lease_readable, 0},
     {0},
 };
 
 static int read_passwords(void) { return show_file("/etc/shadow"); }
+
+/* Granted to read, but by its mode for the members of a group only. */
+static int read_by_group(void)
+{
+    if (!*param("of_group")) {
+        say("it is root, or nobody here could make such a file");
+        return UNAVAILABLE;
+    }
+    return show_file(text("%s/file", param("of_group")));
+}
+
 static int plant_preload(void) { return write_file("/etc/ld.so.preload", O_WRONLY | O_CREAT, "/none.so\n"); }
 
 static int plant_program(void)
@@ -108,7 +126,7 @@ static int set_core_pattern(void)
     return length < 0 || pwrite(fd, bytes, length, 0) < 0 ? errno : 0;
 }
 
-static int set_hostname_by_file(void) { return write_file("/proc/sys/kernel/hostname", O_WRONLY, "attack-file"); }
+static int set_domain_by_file(void) { return write_file("/proc/sys/kernel/domainname", O_WRONLY, "attack-file"); }
 static int set_forwarding(void) { return write_file("/proc/sys/net/ipv4/ip_forward", O_WRONLY, "1"); }
 
 /* `h` prints a help text into the kernel's log. */
@@ -144,11 +162,12 @@ static int make_device(void)
 
 const struct attempt system_attempts[] = {
     {"read_passwords", read_passwords, 0},
+    {"read_by_group", read_by_group, 0},
     {"plant_preload", plant_preload, 0},
     {"plant_program", plant_program, 0},
     {"rewrite_launcher", rewrite_launcher, 0},
     {"set_core_pattern", set_core_pattern, 0},
-    {"set_hostname_by_file", set_hostname_by_file, 0},
+    {"set_domain_by_file", set_domain_by_file, 0},
     {"set_forwarding", set_forwarding, 0},
     {"press_sysrq", press_sysrq, 0},
     {"read_kernel_messages", read_kernel_messages, 0},

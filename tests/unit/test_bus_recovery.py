@@ -116,10 +116,10 @@ def test_an_older_backup_that_others_have_filled_up_again() -> None:
     ],
     ids=["evicted", "purged", "purged by subject"],
 )
-def test_evicted_is_not_lost(stream: Stream) -> None:
-    assert go_on(None, stream) == GoOn(sent=10, expected=0)
+def test_what_was_evicted_is_not_sent_again_but_told(stream: Stream) -> None:
+    assert go_on(None, stream) == GoOn(sent=10, expected=0, lost=True)
     if stream.deleted:
-        assert go_on(ours(480, 8), stream) == GoOn(sent=10, expected=480)
+        assert go_on(ours(480, 8), stream) == GoOn(sent=10, expected=480, lost=True)
 
 
 def test_nothing_was_ever_acknowledged_in_this_epoch() -> None:

@@ -23,7 +23,7 @@ if not hasattr(os, "copy_file_range"):
     pytest.skip("clones with the Linux driver", allow_module_level=True)
 
 from worker.platform.linux import clone
-from worker.platform.linux.clone import LinuxCopier, clone_tree, probe_method
+from worker.platform.linux.clone import LinuxCopier, clone_tree, measure
 
 
 def facts(top: Path) -> dict[str, tuple[Any, ...]]:
@@ -296,9 +296,15 @@ def test_several_at_once(source: Path, tmp_path: Path) -> None:
     assert all(facts(tmp_path / f"dst{number}") == facts(source) for number in range(6))
 
 
-def test_probe(tmp_path: Path) -> None:
-    assert probe_method(tmp_path) in {"reflink", "copy"}
-    assert os.listdir(tmp_path) == []
+def test_the_ways_are_measured(tmp_path: Path) -> None:
+    folders = [tmp_path / name for name in ("images", "containers")]
+    for folder in folders:
+        folder.mkdir()
+    choice = measure(*folders)
+    assert choice.method in {"reflink", "copy"}
+    assert (choice.shared_from is None) == (choice.method == "copy")
+    assert "copy 1048576" in choice.usec
+    assert [os.listdir(folder) for folder in folders] == [[], []]
 
 
 def test_as_cp_does(source: Path, tmp_path: Path) -> None:

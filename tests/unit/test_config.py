@@ -20,6 +20,7 @@ from worker.config import (
     PolicyConfig,
     SecretsConfig,
     TlsConfig,
+    VolumesConfig,
     load_config,
 )
 from worker.errors import Configuration
@@ -63,6 +64,10 @@ plain_http = ["registry.lan:5000"]
 ca = "registry.pem"
 docker_config = "~/config.json"
 max_parallel = 5
+max_bytes = "20Gi"
+
+[volumes]
+s3_ca = "s3.pem"
 
 [policy]
 register_roots = ["/srv/images/"]
@@ -76,7 +81,9 @@ unix_sockets = ["/run/db.sock"]
 network = ["none", "localhost"]
 isolation = ["process"]
 gpu = true
+s3_endpoints = ["https://*.lan:443"]
 images = ["build/*"]
+push = ["registry.lan/*"]
 max_memory = "2Gi"
 max_containers = 100
 [policy.secrets]
@@ -170,7 +177,9 @@ def test_the_whole_file(load: Load, file: Path) -> None:
         ca=str(file.parent / "registry.pem"),
         docker_config=os.path.expanduser("~/config.json"),
         max_parallel=5,
+        max_bytes="20Gi",
     )
+    assert config.volumes == VolumesConfig(s3_ca=f"{here}/s3.pem")
     assert config.host_api == HostApiConfig(
         url="http://127.0.0.1:8080", socket="/run/api.sock", secret_file=f"{here}/jwt", ttl_s=1800.0
     )
@@ -187,7 +196,9 @@ def test_the_whole_file(load: Load, file: Path) -> None:
         network=(Network.NONE, Network.LOCALHOST),
         isolation=("process",),
         gpu=True,
+        s3_endpoints=("https://*.lan:443",),
         images=("build/*",),
+        push=("registry.lan/*",),
         max_memory="2Gi",
         max_containers=100,
     )
@@ -199,9 +210,13 @@ def test_the_whole_file(load: Load, file: Path) -> None:
 def test_the_table_is_complete_and_the_file_above_too() -> None:
     keys: list[str] = []
     sections = {"nats": NatsConfig, "node": NodeConfig, "secrets": SecretsConfig}
-    for name, section in (
-        sections | {"host_api": HostApiConfig, "images": ImagesConfig, "policy": PolicyConfig}
-    ).items():
+    more = {
+        "host_api": HostApiConfig,
+        "images": ImagesConfig,
+        "volumes": VolumesConfig,
+        "policy": PolicyConfig,
+    }
+    for name, section in (sections | more).items():
         for field in section.__struct_fields__:
             below = [f"tls.{part}" for part in TlsConfig.__struct_fields__] if field == "tls" else [field]
             keys += [f"{name}.{part}" for part in below]

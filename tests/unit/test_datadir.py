@@ -63,7 +63,7 @@ def test_the_layout(root: Path) -> None:
     finally:
         os.umask(old)
     assert stat.S_IMODE(root.stat().st_mode) == 0o700
-    folders = dict.fromkeys(("images", "volumes", "containers", "spool", "secrets"), 0o700)
+    folders = dict.fromkeys(("images", "volumes", "mirrors", "containers", "spool", "secrets"), 0o700)
     files = dict.fromkeys(("worker.lock", "node.json", "launcher.key"), 0o600)
     assert modes(root) == folders | files
 

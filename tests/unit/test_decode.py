@@ -39,8 +39,12 @@ MINIMAL: dict[str, dict[str, Any]] = {
     "run": {"spec": {"image": {"name": "base"}}},
     "pull_image": {"image": "base"},
     "register_image": {"image": "base", "source_dir": "/images/base"},
+    "load_image": {"source_file": "/images/base.tar"},
+    "push_image": {"image": "base", "target": "registry.lan/base:1"},
     "tag_image": {"source": "a", "target": "b"},
     "remove_image": {"image": "a"},
+    "create_volume": {"name": "data"},
+    "remove_volume": {"name": "data"},
 }
 
 
@@ -185,6 +189,11 @@ def test_malformed(raw: bytes, kind: type[ContractError], field: str | None) -> 
         ("tag_image", "source", {"source": "a b"}),
         ("tag_image", "target", {"target": "a:"}),
         ("remove_image", "image", {"image": "/"}),
+        ("create_volume", "name", {"name": "../data"}),
+        ("create_volume", "size", {"size": "1GB"}),
+        ("create_volume", "size", {"size": 0}),
+        ("remove_volume", "name", {"name": ""}),
+        ("remove_volume", "force", {"force": "yes"}),
     ],
 )
 def test_rules_of_the_head_and_of_verbs(verb: str, field: str, fields: dict[str, Any]) -> None:

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -286,7 +285,7 @@ class TestRegister:
         make(source / "bin" / "odd")
         with pytest.raises(PullFailed, match=f"bin/odd: a {kind} cannot be part of an image"):
             await store.register("app", source)
-        assert store.list({}) == []
+        assert store.list() == []
         assert cloner.calls == 0
 
     @needs_root
@@ -331,7 +330,7 @@ class TestRegister:
                 store = ImageStore.open(top / "images", Cloner())
                 info = await store.register("app", top / "source")
                 await store.clone(info.digest, top / "root")
-                await store.remove("app", in_use=set())
+                await store.remove("app")
                 assert os.listdir(top / "images" / "rootfs") == []
                 store.close()
 
@@ -394,7 +393,7 @@ class TestRegister:
         cloner.during = during
         with pytest.raises(PullFailed, match="changed while it was being copied"):
             await store.register("app", source)
-        assert store.list({}) == []
+        assert store.list() == []
         assert os.listdir(tmp_path / "images" / "rootfs") == []
         assert os.listdir(tmp_path / "images" / "staging") == []
         cloner.during = lambda src, dst: None
@@ -441,7 +440,7 @@ class TestRegister:
         old = await store.register("app", source)
         (source / "data").write_text("new")
         new = await store.register("app:latest", source)
-        assert [(info.name, info.digest) for info in store.list({})] == [("app:latest", new.digest)]
+        assert [(info.name, info.digest) for info in store.list()] == [("app:latest", new.digest)]
         assert store.config(old.digest).entrypoint is None
         assert store.resolve(f"app@{new.digest}").digest == new.digest
         with pytest.raises(NotFound):
@@ -500,7 +499,7 @@ class TestRaces:
         names = [f"app-{number % 3}" for number in range(12)]
         infos = await asyncio.gather(*(store.register(name, source) for name in names))
         assert len({info.digest for info in infos}) == 1
-        assert [entry.name for entry in store.list({})] == ["app-0", "app-1", "app-2"]
+        assert [entry.name for entry in store.list()] == ["app-0", "app-1", "app-2"]
         assert len(os.listdir(tmp_path / "images" / "rootfs")) == 1
         assert os.listdir(tmp_path / "images" / "staging") == []
 
@@ -513,8 +512,8 @@ class TestRaces:
             sources.append(copy)
         infos = await asyncio.gather(*(store.register("app", path) for path in sources))
         assert store.resolve("app").digest in {info.digest for info in infos}
-        assert len(store.list({})) == 1
-        await store.prune(set())
+        assert len(store.list()) == 1
+        await store.prune()
         assert len(os.listdir(tmp_path / "images" / "rootfs")) == 1
 
     async def test_two_processes(self, store: ImageStore, source: Path, tmp_path: Path) -> None:
@@ -537,7 +536,7 @@ class TestRaces:
             await asyncio.to_thread(other.communicate, timeout=30)
             assert other.returncode == 0
         assert len({info.digest for info in mine}) == 1
-        assert len(store.list({})) == 18
+        assert len(store.list()) == 18
         assert len(os.listdir(tmp_path / "images" / "rootfs")) == 1
 
     def test_a_killed_register_leaves_only_what_is_swept(
@@ -567,7 +566,7 @@ class TestRaces:
         store = opened()
         assert os.listdir(tmp_path / "images" / "rootfs") == []
         assert os.listdir(tmp_path / "images" / "staging") == []
-        assert store.list({}) == []
+        assert store.list() == []
 
     async def test_prune_while_clones_and_registers_run(
         self, store: ImageStore, source: Path, tmp_path: Path
@@ -589,11 +588,11 @@ class TestRaces:
                 (copy / "data").write_text(f"{number} {step}")
                 info = await store.register(f"app-{number}", copy)
                 await guarded(store.clone(info.digest, tmp_path / f"root-{number}-{step}"))
-                await guarded(store.remove(f"app-{(number + step) % 3}", force=True, in_use=set()))
+                await guarded(store.remove(f"app-{(number + step) % 3}", force=True))
 
         async def pruning(done: asyncio.Event) -> None:
             while not done.is_set():
-                await store.prune(set())
+                await store.prune()
                 await asyncio.sleep(0)
 
         done = asyncio.Event()
@@ -604,9 +603,9 @@ class TestRaces:
         assert failures == []
         for root in glob(tmp_path, "root-*"):
             assert (root / "bin" / "run").read_text().startswith("#!/bin/sh")
-        await store.prune(set())
+        await store.prune()
         trees = len(os.listdir(tmp_path / "images" / "rootfs"))
-        assert trees == len({entry.digest for entry in store.list({})})
+        assert trees == len({entry.digest for entry in store.list()})
 
     async def test_a_cancelled_clone_leaves_nothing(
         self, store: ImageStore, source: Path, tmp_path: Path, cloner: Cloner
@@ -719,36 +718,42 @@ class TestNames:
     async def test_list_counts_containers(self, store: ImageStore, source: Path) -> None:
         info = await store.register("b", source)
         await store.tag("b", "a")
-        listed = store.list(Counter({info.digest: 3}))
+        for number in range(3):
+            store.keep_for(f"web-{number}", info.digest)
+        listed = store.list()
         assert [(entry.name, entry.containers) for entry in listed] == [("a", 3), ("b", 3)]
         assert listed[0].bytes == info.bytes
 
     async def test_remove(self, store: ImageStore, source: Path, tmp_path: Path) -> None:
         info = await store.register("app", source)
         await store.tag("app", "app:2")
+        store.keep_for("web-0", info.digest)
         with pytest.raises(Conflict):
-            await store.remove("app", in_use={info.digest})
-        await store.remove("app", in_use=set())
+            await store.remove("app")
+        store.let_go("web-0")
+        await store.remove("app")
         assert store.resolve("app:2").digest == info.digest
         assert len(os.listdir(tmp_path / "images" / "rootfs")) == 1
-        removed = await store.remove("app:2", in_use=set())
+        removed = await store.remove("app:2")
         assert removed.digest == info.digest
         assert os.listdir(tmp_path / "images" / "rootfs") == []
         assert os.listdir(tmp_path / "images" / "blobs" / "sha256") == []
         with pytest.raises(NotFound):
-            await store.remove("app:2", in_use=set())
+            await store.remove("app:2")
 
     async def test_force_keeps_what_a_container_uses(
         self, store: ImageStore, source: Path, tmp_path: Path
     ) -> None:
         info = await store.register("app", source)
-        await store.remove("app", force=True, in_use={info.digest})
+        store.keep_for("web-0", info.digest)
+        await store.remove("app", force=True)
         with pytest.raises(NotFound):
             store.resolve("app")
         assert store.config(info.digest).entrypoint is None
-        assert await store.prune({info.digest}) == []
-        pruned = await store.prune(set())
-        assert [(gone.digest, gone.bytes) for gone in pruned] == [(info.digest, info.bytes)]
+        assert (await store.prune()).images == ()
+        store.let_go("web-0")
+        pruned = await store.prune()
+        assert [(gone.digest, gone.bytes) for gone in pruned.images] == [(info.digest, info.bytes)]
         assert os.listdir(tmp_path / "images" / "rootfs") == []
 
     async def test_prune_takes_what_a_crash_left(
@@ -759,11 +764,12 @@ class TestNames:
         (orphan / "x").mkdir(parents=True)
         (orphan / "x" / "f").write_text("12345")
         (tmp_path / "images" / "blobs" / "sha256" / ("e" * 64)).write_text("no image")
-        pruned = await store.prune(set())
-        assert [(gone.digest, gone.bytes) for gone in pruned] == [("sha256:" + "f" * 64, 5)]
+        pruned = await store.prune()
+        assert [(gone.digest, gone.bytes) for gone in pruned.images] == [("sha256:" + "f" * 64, 5)]
+        assert pruned.bytes == 5 + len("no image")
         assert not orphan.exists()
         await store.clone(kept.digest, tmp_path / "root")
-        assert await store.prune(set()) == []
+        assert (await store.prune()).images == ()
 
 
 class TestOnDisk:
@@ -811,11 +817,11 @@ class TestOnDisk:
         odd = {"mediaType": 5}
         (root / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": [foreign, odd]}))
         await store.register("app", source)
-        await store.prune(set())
+        await store.prune()
         assert (root / "blobs" / "sha256" / digest).exists()
         assert (root / "blobs" / "sha256" / ("1" * 64)).exists()
         assert json.loads((root / "index.json").read_text())["manifests"][:2] == [foreign, odd]
-        assert [entry.name for entry in store.list({})] == ["app"]
+        assert [entry.name for entry in store.list()] == ["app"]
 
     @pytest.mark.parametrize("content", ["", "{", "[]", '{"manifests": 5}', "[" * 100_000])
     async def test_a_damaged_index_is_never_replaced(

@@ -44,6 +44,7 @@ LONGEST_PATIENCE_S = 5.0
 RETRY_S = 0.1
 LONGEST_RETRY_S = 2.0
 REPORT_EVERY_S = 30.0
+SETTLED_ALL = (1 << 63) - 1
 
 _HEARTBEAT = 100
 
@@ -96,7 +97,8 @@ class CommandConsumer:
         try:
             await self._make()
             while True:
-                if self._trouble or self._session != self._bus.session:
+                if self._trouble or self._session != self._bus.session or not self._bus.connected:
+                    # Without a connection nothing is begun either: another may take the name meanwhile.
                     self.ready.clear()
                     await self._mend()
                     continue
@@ -199,6 +201,18 @@ class CommandConsumer:
             await self._bus.publish(subject, msgspec.json.encode(request), reply=self._inbox)
             self._asked = max(0, self._asked) + half
 
+    async def settled(self) -> int:
+        """The place in the stream up to which everything was acknowledged, and so is not delivered again.
+
+        SETTLED_ALL when nothing of this node waits there. Unavailable when that is not known now.
+        """
+        info = await self._api(f"CONSUMER.INFO.{self.stream}.{self.name}")
+        if info.get("created") != self._created:
+            raise Unavailable(f"the consumer {self.name} is about to be made anew")
+        if not info.get("num_pending") and not info.get("num_ack_pending"):
+            return SETTLED_ALL
+        return int(info.get("ack_floor", {}).get("stream_seq", 0))
+
     # -- answers
 
     async def answer(self, reply: str, answer: bytes, *, wait: bool = False) -> None:
@@ -242,6 +256,12 @@ class CommandConsumer:
         session = self._bus.session
         trouble, rebuild, gone = self._trouble or "reconnected", self._rebuild, self._gone
         self._trouble = ""
+        if session != self._session and self._created:
+            try:
+                await self._check_fence()
+            except Unavailable as failure:
+                await self._retry_later(failure)
+                return
         if not rebuild and not gone:
             try:
                 info = await self._api(f"CONSUMER.INFO.{self.stream}.{self.name}")

@@ -67,13 +67,15 @@ _head = msgspec.json.Decoder(_Head)
 class OutboxPublisher:
     """`await fence(takeover)` at boot, before anything is published; then `run()` until cancelled.
 
-    It takes over `journal.on_outbox`. `idle` is set while nothing is left to send.
+    It takes over `journal.on_outbox`. `idle` is set while nothing is left to send. `lost` is set when the
+    stream was found to have lost some of this node's events, sent again or not; whoever heeds it clears it.
     """
 
     def __init__(self, bus: Bus, journal: Journal, subjects: Subjects, *, clock: Clock = utc_now) -> None:
         self.stream = StreamNames(bus.cfg.stream_prefix).events
         self.idle = asyncio.Event()
         self.sent_seq = 0  # the newest event of this epoch known to be in the stream
+        self.lost = asyncio.Event()
         self.writer = EventWriter(bus, subjects.events_of(journal.node))
         self._bus = bus
         self._journal = journal
@@ -82,6 +84,7 @@ class OutboxPublisher:
         self._expected = 0
         self._created = ""
         self._verified = -1  # the session of the connection in which the stream was looked at
+        self._claimed = False
         self._patience_s = PATIENCE_S
         self._work = asyncio.Event()
         self._rows: deque[OutboxRow] = deque()
@@ -129,15 +132,45 @@ class OutboxPublisher:
         if isinstance(decision, IsFenced):
             raise Fenced(decision.why)
 
-    async def drained(self, timeout_s: float) -> bool:
-        """Wait until all events made before the call are in the stream. False when they are not in time."""
-        state = await self._journal.read(lambda tx: tx.outbox_state())
+    async def claim(self) -> None:
+        """Return once what this boot has written is in the stream, however long that takes.
+
+        `fence` alone lets two copies of one journal pass while neither has published: each stands on the other's
+        past. Of their first own events the stream takes one and refuses the other.
+        """
+        await self._sent_all()
+        async with self._progress:
+            self._claimed = True
+            self._progress.notify_all()
+
+    @property
+    def owns(self) -> bool:
+        """Whether the name is known to be this worker's, in this very connection: behind one that was cut, another
+        may have taken it.
+        """
+        return self._claimed and self._verified == self._bus.session
+
+    async def owned(self, timeout_s: float) -> None:
+        """Return once `owns` holds. Unavailable when it does not in time."""
         try:
             async with asyncio.timeout(timeout_s), self._progress:
-                await self._progress.wait_for(lambda: self.sent_seq >= state.last_seq)
+                await self._progress.wait_for(lambda: self.owns)
+        except TimeoutError:
+            raise Unavailable("this worker does not know yet whether it still has its node's name") from None
+
+    async def drained(self, timeout_s: float) -> bool:
+        """Wait until all events made before the call are in the stream. False when they are not in time."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._sent_all()
         except TimeoutError:
             return False
         return True
+
+    async def _sent_all(self) -> None:
+        state = await self._journal.read(lambda tx: tx.outbox_state())
+        async with self._progress:
+            await self._progress.wait_for(lambda: self.sent_seq >= state.last_seq)
 
     # -- the work
 
@@ -333,6 +366,8 @@ class OutboxPublisher:
         self._created = facts.stream.created
         self._expected = decision.expected
         self._verified = self._bus.session
+        if decision.lost:
+            self.lost.set()
         await self._advance(decision.sent)
         self._work.set()
 

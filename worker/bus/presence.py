@@ -22,10 +22,18 @@ class Presence:
     """
 
     def __init__(
-        self, bus: Bus, node: str, describe: Callable[[], Any], *, interval_s: float = INTERVAL_S
+        self,
+        bus: Bus,
+        node: str,
+        describe: Callable[[], Any],
+        *,
+        allowed: Callable[[], bool] = lambda: True,
+        interval_s: float = INTERVAL_S,
     ) -> None:
+        """While `allowed` says no, nothing is written: the name may be another's."""
         self._bus = bus
         self._describe = describe
+        self._allowed = allowed
         self._interval_s = interval_s
         self._subject = f"{bus.js.kv_prefix}.{StreamNames(bus.cfg.stream_prefix).nodes_bucket}.{node}"
         self._now = asyncio.Event()
@@ -54,6 +62,8 @@ class Presence:
         await self._put(b"", {"KV-Operation": "DEL"})
 
     async def _put(self, value: bytes, headers: dict[str, str]) -> None:
+        if not self._allowed():
+            return
         try:
             await self._bus.publish(self._subject, value, headers)
         except Unavailable as failure:

@@ -50,13 +50,15 @@ class GoOn(msgspec.Struct, frozen=True):
     """All events up to `sent` are dealt with; the next batch expects `expected` to be our newest message.
 
     `position` replaces the journal's, null leaves it. With `resend` the events after `sent` that are still
-    kept count as not sent. `why` is for the log.
+    kept count as not sent. `lost`: the stream does not have any more what it had acknowledged, and what is kept
+    may not be all of it. `why` is for the log.
     """
 
     sent: int
     expected: int
     position: StreamPosition | None = None
     resend: bool = False
+    lost: bool = False
     why: str = ""
 
 
@@ -70,6 +72,7 @@ Decision = GoOn | IsFenced
 def decide(*, epoch: str, position: StreamPosition | None, stream: Stream, shown: Shown | None) -> Decision:
     """See above. `epoch` is the journal's own."""
     acked = position.last_event_seq if position is not None and position.last_epoch == epoch else 0
+    anew = position is not None and stream.created != position.created
     if shown is not None:
         if position is not None and _stands_on(position, stream, shown):
             return GoOn(sent=acked, expected=shown.stream_seq)
@@ -80,15 +83,17 @@ def decide(*, epoch: str, position: StreamPosition | None, stream: Stream, shown
                 sent=shown.seq,
                 expected=shown.stream_seq,
                 position=_at(stream, shown),
+                lost=anew,
                 why="an acknowledgement was lost" if shown.seq > acked else "",
             )
     if position is None or not acked:
-        return GoOn(sent=0, expected=0)
+        return GoOn(sent=0, expected=0, lost=anew)
     lost = _loss(position, stream)
     if lost:
         return _again(stream, shown, lost)
     if was_evicted(position, stream):
-        return GoOn(sent=acked, expected=shown.stream_seq if shown is not None else 0)
+        expected = shown.stream_seq if shown is not None else 0
+        return GoOn(sent=acked, expected=expected, lost=True)
     return _again(stream, shown, "the stream shows another message where our last one was")
 
 
@@ -143,8 +148,15 @@ def _loss(position: StreamPosition, stream: Stream) -> str:
 def _again(stream: Stream, shown: Shown | None, why: str) -> GoOn:
     if shown is None:
         nothing = StreamPosition(created=stream.created, last_seq=0)
-        return GoOn(sent=0, expected=0, position=nothing, resend=True, why=why)
-    return GoOn(sent=shown.seq, expected=shown.stream_seq, position=_at(stream, shown), resend=True, why=why)
+        return GoOn(sent=0, expected=0, position=nothing, resend=True, lost=True, why=why)
+    return GoOn(
+        sent=shown.seq,
+        expected=shown.stream_seq,
+        position=_at(stream, shown),
+        resend=True,
+        lost=True,
+        why=why,
+    )
 
 
 def _at(stream: Stream, shown: Shown) -> StreamPosition:

@@ -54,6 +54,7 @@ VERBS: dict[str, tuple[Verb, ...]] = {
         Verb("inspect", "containers_cmd", "Show everything about containers."),
         Verb("logs", "logs_cmd", "Show or follow what a container wrote."),
         Verb("exec", "exec_cmd", "Run a command inside a running container's sandbox.", tail=True),
+        Verb("export", "export_cmd", "Write a container's files as a tar archive."),
         Verb("stats", "stats_cmd", "Measure containers now."),
         Verb("top", "stats_cmd", "Watch containers live."),
         Verb("events", "events_cmd", "Show or follow the fleet's events."),
@@ -62,9 +63,22 @@ VERBS: dict[str, tuple[Verb, ...]] = {
         Verb("images", "images_cmd", "List a node's images."),
         Verb("pull", "images_cmd", "Fetch an image."),
         Verb("register", "images_cmd", "Make an image of a directory on the node."),
+        Verb("pack", "pack_cmd", "Make an image of a directory here: for a node, a registry or a file."),
+        Verb("push", "push_cmd", "Send an image to a registry."),
+        Verb("save", "archive_cmd", "Write images as an archive that docker reads, too."),
+        Verb("load", "archive_cmd", "Take in the images of an archive."),
         Verb("tag", "images_cmd", "Give an image a second name."),
         Verb("rmi", "images_cmd", "Remove images."),
-        Verb("prune", "images_cmd", "Remove the images that no container uses."),
+        Verb("prune", "images_cmd", "Remove images that no container uses."),
+        Verb("images inspect", "upkeep_cmd", "Show everything about images."),
+        Verb("verify", "upkeep_cmd", "Check that images are as they were taken in."),
+        Verb("df", "upkeep_cmd", "Show what takes up a node's disk."),
+    ),
+    "Volumes": (
+        Verb("volume ls", "volumes_cmd", "List a node's volumes."),
+        Verb("volume create", "volumes_cmd", "Make a named volume."),
+        Verb("volume rm", "volumes_cmd", "Delete volumes and all that is in them."),
+        Verb("volume inspect", "volumes_cmd", "Show everything about volumes."),
     ),
     "Nodes": (
         Verb("nodes", "nodes_cmd", "List the nodes that are there."),
@@ -87,12 +101,16 @@ VERBS: dict[str, tuple[Verb, ...]] = {
         Verb("doctor", "doctor", "Check this machine, the server and the streams."),
         Verb("secret set", "secrets_cmd", "Store a secret of this node.", connects=False, json=False),
         Verb("secret ls", "secrets_cmd", "List the names of this node's secrets.", connects=False),
+        Verb("login", "login_cmd", "Log in to a registry, as docker does.", connects=False),
+        Verb("logout", "login_cmd", "Forget a registry's credentials.", connects=False),
         Verb("secret rm", "secrets_cmd", "Delete secrets of this node.", connects=False, json=False),
         Verb("schema export", "schema_cmd", "Write the wire contract as JSON Schema.", connects=False),
         Verb("completion", "completion", "Print a shell's completion script.", connects=False, json=False),
     ),
 }
 BY_NAME = {verb.name: verb for group in VERBS.values() for verb in group}
+# What is about images may also be said after that word.
+ALSO = {"images verify": "verify", "images prune": "prune"}
 FAMILIES = {name.partition(" ")[0] for name in BY_NAME if " " in name}
 
 # What may stand before the verb as well as after it.
@@ -164,8 +182,9 @@ def _perform(verb: Verb, args: Any) -> int:
 
 def find_verb(words: list[str]) -> tuple[Verb, list[str]]:
     """The verb that `words` begins with, and what follows it."""
-    name, rest = words[0], words[1:]
-    if name in FAMILIES:
+    spelt = ALSO.get(" ".join(words[:2]))
+    name, rest = (spelt, words[2:]) if spelt else (words[0], words[1:])
+    if name in FAMILIES and (name not in BY_NAME or " ".join(words[:2]) in BY_NAME):
         choices = [verb.split(" ", 1)[1] for verb in BY_NAME if verb.startswith(f"{name} ")]
         if not rest or rest[0] not in choices:
             wrong = f", not {clean(rest[0])}" if rest and not rest[0].startswith("-") else ""

@@ -89,8 +89,11 @@ def candidates(words: list[str]) -> list[str]:
     """What may stand in place of the last word."""
     *before, last = words
     family = before[0] if before and before[0] in FAMILIES else None
+    if family in BY_NAME and " ".join(before[:2]) not in BY_NAME:
+        family = None  # `images` alone is a verb too
     if not before:
         heads = {name.partition(" ")[0]: _summary(name) for name in BY_NAME}
+        heads |= {name: _summary(name) for name in BY_NAME.keys() & FAMILIES}
         return _matching(last, ((name, text) for name, text in heads.items()))
     if family is not None and len(before) == 1:
         subs = (
@@ -192,6 +195,9 @@ async def _ask(kind: str, before: list[str]) -> list[tuple[str, str]]:
         if kind == "image":
             listed = await asyncio.gather(*(fleet.images(node) for node in nodes))
             return sorted({(image.name, "image") for images in listed for image in images})
+        if kind == "volume":
+            kept = await asyncio.gather(*(fleet.volumes(node) for node in nodes))
+            return sorted({(volume.name, volume.kind) for volumes in kept for volume in volumes})
         statuses = await asyncio.gather(*(fleet.containers(node) for node in nodes))
         return sorted((status.container, str(status.state)) for page in statuses for status in page)
 

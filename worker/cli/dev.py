@@ -105,6 +105,11 @@ class _Dev:
             # A registry on this machine is this user's own.
             images = (*policy.images, "localhost*/*", "127.0.0.1*/*")
             policy = msgspec.structs.replace(policy, images=images)
+        if "policy.push" not in config.origins:
+            policy = msgspec.structs.replace(policy, push=("*", "localhost*/*", "127.0.0.1*/*"))
+        if "policy.s3_endpoints" not in config.origins:
+            here = ("http://localhost:*", "http://127.0.0.1:*")
+            policy = msgspec.structs.replace(policy, s3_endpoints=(*policy.s3_endpoints, *here))
         return msgspec.structs.replace(config, nats=nats, policy=policy)
 
     async def _with_server(self, lock: DevLock, server: EmbeddedServer, url: str, token: str) -> None:

@@ -222,7 +222,7 @@ def _owner(root: Path) -> Finding:
             "the worker does not start as this user",
             "run as its owner, or name another with --data-dir",
         )
-    if stat.S_IMODE(found.st_mode) & 0o077:
+    if stat.S_IMODE(found.st_mode) & 0o066:  # passing is for containers of other users
         mode = stat.S_IMODE(found.st_mode)
         return lack(
             "warn", name, f"{root} has mode {mode:04o}", "others can look into it", f"chmod 700 {root}"

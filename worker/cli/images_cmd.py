@@ -13,7 +13,7 @@ from worker.cli.context import Context
 from worker.cli.failures import exit_code, sentence
 from worker.cli.human import age, now, size
 from worker.cli.output import Cell, Column
-from worker.cli.parser import Namespace, Parser, absolute
+from worker.cli.parser import Namespace, Parser, absolute, byte_size, duration
 from worker.cli.pull_view import PullView
 from worker.cli.style import clean
 from worker.client import FleetClient, new_id
@@ -39,13 +39,14 @@ async def verb_images(context: Context, args: Namespace) -> int:
         return OK
     at = now()
     columns = [Column("IMAGE"), Column("DIGEST"), Column("SIZE", right=True)]
-    columns += [Column("CREATED", keep=True), Column("USED BY", right=True)]
+    columns += [Column("CREATED", keep=True), Column("LAST USED"), Column("USED BY", right=True)]
     rows = [
         [
             image.name,
             Cell(image.digest[:SHORT_DIGEST], "dim"),
             size(image.bytes),
             age(image.created_at, at),
+            age(image.last_used_at, at),
             str(image.containers) if image.containers else Cell("-", "dim"),
         ]
         for image in images
@@ -145,14 +146,25 @@ async def verb_rmi(context: Context, args: Namespace) -> int:
 
 
 def options_prune(parser: Parser) -> None:
-    parser.details = "Removes what no container was made from, and all data that no image refers to."
+    parser.details = (
+        "Removes images that have neither a name nor a container, and all data that no image refers to. With the"
+        " options named images go too, those that were not used for longest first. What a container was made from"
+        " always stays."
+    )
+    parser.argument(
+        "--older-than", type=duration, metavar="DURATION", help="also named images not used for so long (24h)"
+    )
+    parser.argument(
+        "--keep", type=byte_size, metavar="SIZE", help="also named images, until the store is no larger (20Gi)"
+    )
 
 
 async def verb_prune(context: Context, args: Namespace) -> int:
     async with context.fleet() as fleet:
         node = await context.node(fleet)
         async with context.out.busy("removing unused images"):
-            done = await fleet.command(node, None, PruneImages(id=new_id()), on_absent=context.tell_absent)
+            command = PruneImages(id=new_id(), older_than_s=args.older_than, keep_bytes=args.keep)
+            done = await fleet.command(node, None, command, on_absent=context.tell_absent)
     result = done.result or {}
     _tell(context, done, f"{result.get('removed', 0)} removed, {size(result.get('bytes', 0))} freed")
     return OK

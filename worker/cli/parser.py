@@ -213,6 +213,17 @@ def _readable(message: str) -> str:
 # Types of option values: each raises ArgumentTypeError with a sentence that names what is wanted.
 
 
+def byte_size(text: str) -> int:
+    """An argument type: `512Mi`, `20Gi`, or a number of bytes."""
+    from schemas.errors import ContractError
+    from schemas.values import parse_memory
+
+    try:
+        return 0 if text == "0" else parse_memory(text, field="size")
+    except ContractError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size (512Mi, 20Gi or bytes)") from None
+
+
 def duration(text: str) -> float:
     """`250ms`, `5s`, `1m30s`, `2h` or a number of seconds."""
     from schemas.values import parse_duration

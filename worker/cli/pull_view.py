@@ -1,4 +1,4 @@
-"""What a person sees of a pull: a line for the image and one for each layer that is fetched."""
+"""What a person sees of a pull or push: a line for the image and one for each layer on its way."""
 
 import asyncio
 from typing import TYPE_CHECKING
@@ -17,6 +17,8 @@ _WORDS = {
     ImagePhase.RESOLVING: "asking the registry",
     ImagePhase.DOWNLOADING: "fetching",
     ImagePhase.UNPACKING: "unpacking",
+    ImagePhase.PACKING: "packing",
+    ImagePhase.UPLOADING: "sending",
     ImagePhase.DONE: "done",
 }
 
@@ -24,9 +26,10 @@ _WORDS = {
 class PullView:
     """Bars on stderr once the pull has taken a moment; nothing where stderr is no terminal, or with --json."""
 
-    def __init__(self, out: Output, image: str) -> None:
+    def __init__(self, out: Output, image: str, *, doing: str = "pulling") -> None:
         self._out = out
         self._image = image
+        self._doing = doing
         self._wanted = is_terminal(out.stderr) and not out.as_json
         self._display: Progress | None = None
         self._lines: dict[str, TaskID] = {}
@@ -83,12 +86,12 @@ class PullView:
     def _fill(self, display: "Progress") -> None:
         last = self._last
         if last is None:
-            self._line(display, "", f"pulling {clean(self._image)}", 0, None, "")
+            self._line(display, "", f"{self._doing} {clean(self._image)}", 0, None, "")
             return
         phase = _WORDS.get(last.phase, str(last.phase)) if last.phase is not None else ""
         share = f"{size(last.bytes_done)} of {size(last.bytes_total)}" if last.bytes_total else ""
         detail = "  ".join(filter(None, (share, clean(phase))))
-        self._line(display, "", f"pulling {clean(self._image)}", last.bytes_done, last.bytes_total, detail)
+        self._line(display, "", f"{self._doing} {clean(self._image)}", last.bytes_done, last.bytes_total, detail)
         for layer in last.by_layer:
             done, total = layer.bytes_done, layer.bytes_total
             detail = size(total) if done >= total else f"{size(done)} of {size(total)}"

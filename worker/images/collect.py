@@ -29,6 +29,7 @@ class Detached:
 
     def __init__(self) -> None:
         self.images: list[ImageInfo] = []
+        self.blob_bytes = 0
         self._trees = ExitStack()
 
     def add_tree(self, layout: Layout, tree: str) -> None:
@@ -36,6 +37,8 @@ class Detached:
         token = self._trees.enter_context(layout.token())
         layout.tree_path(tree).rename(layout.partial(token))
         layout.tree_record(tree).unlink(missing_ok=True)
+        layout.tree_listing(tree).unlink(missing_ok=True)
+        layout.unfinished_listing(tree).unlink(missing_ok=True)
 
     def delete(self) -> list[ImageInfo]:
         """Blocking, without the lock. `bytes` of each image are what its end set free."""
@@ -52,7 +55,7 @@ def detach(
     """
     reached = _reached(layout, kept).union(held)
     gone = Detached()
-    blobs = _closure(layout, only) if only is not None else _blobs(layout)
+    blobs = closure(layout, only) if only is not None else _blobs(layout)
     trees = [tree for tree in _trees(layout) if tree not in reached and (only is None or tree in blobs)]
     unclaimed = dict.fromkeys(trees)
     for digest in sorted(blobs - reached):
@@ -68,7 +71,7 @@ def detach(
         for tree in trees:
             gone.add_tree(layout, tree)
         for digest in blobs - reached:
-            layout.forget(digest)
+            gone.blob_bytes += layout.forget(digest)
     except OSError:
         gone.delete()
         raise
@@ -82,13 +85,13 @@ def _info(digest: str, size: int) -> ImageInfo:
 def _reached(layout: Layout, kept: Iterable[str]) -> set[str]:
     reached: set[str] = set()
     for raw in layout.read_index().manifests:
-        reached |= _closure(layout, str(raw.get("digest")), str(raw.get("mediaType")))
+        reached |= closure(layout, str(raw.get("digest")), str(raw.get("mediaType")))
     for digest in kept:
-        reached |= _closure(layout, digest)
+        reached |= closure(layout, digest)
     return reached
 
 
-def _closure(layout: Layout, digest: str, media_type: str = MANIFEST_TYPE) -> set[str]:
+def closure(layout: Layout, digest: str, media_type: str = MANIFEST_TYPE) -> set[str]:
     """A digest and all that it leads to, also where another program wrote it."""
     if DIGEST.fullmatch(digest) is None:
         return set()
@@ -100,7 +103,7 @@ def _closure(layout: Layout, digest: str, media_type: str = MANIFEST_TYPE) -> se
         found.add(tree.digest)
     for child in _children(layout, digest):
         if child.get("digest") not in found:
-            found |= _closure(layout, str(child.get("digest")), str(child.get("mediaType")))
+            found |= closure(layout, str(child.get("digest")), str(child.get("mediaType")))
     return found
 
 

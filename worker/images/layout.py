@@ -1,10 +1,12 @@
 """The store on disk: an OCI image layout, and beside its blobs each tree once, unpacked.
 
     images/
-      oci-layout  index.json            names -> manifest digests blobs/sha256/<hex>
-      manifests, configs, tree listings, layers rootfs/<hex of the tree's digest>/ rootfs/.partial-<token>/
-      a tree on its way in or out staging/<token>.lock, <token>     held while a token is in use; what
-      nobody holds is swept at the next open
+      oci-layout  index.json             names -> manifest digests
+      blobs/sha256/<hex>                 manifests, configs, tree listings, layers. The time of a manifest's file is
+                                         when a container was last made of it, or ended
+      rootfs/<hex of the tree's digest>/ a tree; beside a pulled one `.json`, its size, and `.list`, its listing
+      rootfs/.partial-<token>/           a tree on its way in or out
+      staging/<token>.lock, <token>      held while a token is in use; what nobody holds is swept at the next open
 
 Everything appears by a rename, so whoever is killed leaves only what the sweep removes. Changes of names
 and what they reach are made under one lock, between threads and between processes.
@@ -18,6 +20,7 @@ import secrets
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
@@ -32,9 +35,11 @@ from .trees import remove_tree, tree_size
 
 OCI_LAYOUT = b'{"imageLayoutVersion":"1.0.0"}'
 PARTIAL = ".partial-"
+LISTING, UNFINISHED = "list", "listing"
 # A layer of a registry's image may begin like a document.
 MAX_DOCUMENT_BYTES = 16 << 20
 
+_BESIDE = ("json", LISTING, UNFINISHED)
 _FOLDERS = (".", "blobs", "blobs/sha256", "rootfs", "staging")
 
 T = TypeVar("T")
@@ -141,6 +146,14 @@ class Layout:
                     path.unlink(missing_ok=True)
             finally:
                 os.close(fd)
+        self._sweep_records()
+
+    def _sweep_records(self) -> None:
+        """What stands beside a tree that is gone, and listings that were not finished."""
+        for name in os.listdir(self.root / "rootfs"):
+            tree, _, kind = name.rpartition(".")
+            if kind in _BESIDE and (kind == UNFINISHED or not (self.root / "rootfs" / tree).is_dir()):
+                (self.root / "rootfs" / name).unlink()
 
     # -- names
 
@@ -178,6 +191,13 @@ class Layout:
         """Give a finished tree its name. Under the lock."""
         self.partial(token).rename(self.tree_path(tree))
         _sync_directory(self.root / "rootfs")
+
+    def blob_bytes(self, digest: str) -> int:
+        """Of the file; 0 when it is not there."""
+        try:
+            return self.blob_path(digest).stat().st_size
+        except FileNotFoundError:
+            return 0
 
     def put_blob(self, content: bytes) -> str:
         """Store bytes under their digest. Under the lock."""
@@ -235,6 +255,27 @@ class Layout:
         path = self.tree_path(digest)
         return path.with_name(f"{path.name}.json")
 
+    def tree_listing(self, digest: str) -> Path:
+        """Beside a pulled tree: what was unpacked, see `listing`; made a moment later."""
+        path = self.tree_path(digest)
+        return path.with_name(f"{path.name}.{LISTING}")
+
+    def unfinished_listing(self, digest: str) -> Path:
+        path = self.tree_path(digest)
+        return path.with_name(f"{path.name}.{UNFINISHED}")
+
+    def touch(self, digest: str) -> None:
+        """The image of this manifest is used now. No error when it is gone."""
+        with suppress(FileNotFoundError):
+            os.utime(self.blob_path(digest))
+
+    def last_used(self, digest: str) -> datetime:
+        """NotFound when there is no such manifest."""
+        try:
+            return datetime.fromtimestamp(self.blob_path(digest).stat().st_mtime, UTC)
+        except FileNotFoundError as failure:
+            raise NotFound(f"the image store has no {digest}") from failure
+
     def put_tree(self, token: str, tree: Tree) -> None:
         """Give a finished tree its name, and its record. Under the lock."""
         self._write(self.tree_record(tree.digest), msgspec.json.encode(tree))
@@ -244,7 +285,7 @@ class Layout:
     def forget(self, digest: str) -> int:
         """Delete a blob; gives its size. Under the lock."""
         self._manifests.pop(digest, None)
-        self._trees.pop(digest, None)
+        self._trees.clear()  # found through configs, too
         path = self.blob_path(digest)
         try:
             size = path.stat().st_size

@@ -117,7 +117,7 @@ class Puller:
         known = self._known(name)
         if known is not None and (
             policy in (PullPolicy.IF_NOT_PRESENT, PullPolicy.NEVER)
-            or parse_reference(name).digest is not None
+            or (parse_reference(name).digest is not None and self._is_whole(name))
         ):
             return Pulled(image=known)
         if policy is PullPolicy.NEVER:
@@ -281,10 +281,14 @@ class Puller:
             return from_docker_config(Path(self._settings.docker_config), image.host)
         return None
 
+    def _is_whole(self, name: str) -> bool:
+        found = self._store.find(name)
+        return found is not None and self._store.is_whole(found)
+
     def _is_current(self, client: RegistryClient, image: RegistryImage, name: str) -> bool:
         """Whether the tag still stands for what is here: one small question instead of all of it."""
         found = self._store.find(name)
-        if found is None or image.digest is not None:
+        if found is None or image.digest is not None or not self._store.is_whole(found):
             return False
         digest = client.current_digest(image.tag)
         return digest is not None and digest in (found.digest, found.marks.get(FROM_INDEX))

@@ -101,7 +101,7 @@ def make_plan(
     if isinstance(parsed, ImageIndex):
         raise PullFailed(f"{image} is an index of indexes, {MAX_NESTING} deep", field="image")
     config = persist(lambda: _config(client, parsed.config), patience, stop)
-    found, diff_ids = _read_config(config, parsed, image)
+    found, diff_ids = read_config(config, parsed, image)
     platform = Platform(os=found.os, architecture=found.architecture)
     if index_digest is None and (warning := mismatch(platform, here, str(image))):
         warnings.append(warning)
@@ -138,9 +138,10 @@ def _config(client: RegistryClient, blob: Blob) -> bytes:
     return content
 
 
-def _read_config(
-    content: bytes, manifest: ImageManifest, image: RegistryImage
+def read_config(
+    content: bytes, manifest: ImageManifest, image: RegistryImage | str
 ) -> tuple[ConfigDocument, tuple[str, ...]]:
+    """An image's config, which must be for the layers of its manifest, and their diff_ids. PullFailed."""
     try:
         found = msgspec.json.decode(content, type=ConfigDocument)
         diff_ids = msgspec.convert(found.rootfs.get("diff_ids"), tuple[str, ...])
@@ -244,7 +245,8 @@ class TakeIn:
                 size = tree_size(partial)
                 tree = Tree(digest=self._plan.tree, bytes=size.bytes, entries=size.entries)
                 with self._layout.locked():
-                    self._layout.put_tree(token, tree)
+                    if not self._is_unpacked():  # by nobody else meanwhile
+                        self._layout.put_tree(token, tree)
             except OSError as failure:
                 raise disk_failed(failure, "unpack") from failure
         return report.notes
@@ -258,7 +260,7 @@ class TakeIn:
         with self._layout.locked():
             self._layout.put_blob(plan.config)
             self._layout.put_blob(plan.document.content)
-            return self._store.give_name(
+            made = self._store.give_name(
                 name,
                 Descriptor(
                     media_type=plan.manifest.media_type,
@@ -267,6 +269,8 @@ class TakeIn:
                     annotations=marks,
                 ),
             )
+        self._store.record_later(plan.tree)
+        return made
 
 
 def disk_failed(failure: OSError, what: str) -> ResourceExhausted | PullFailed:

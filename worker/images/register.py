@@ -110,7 +110,7 @@ class Registration:
             )
             partial = self._layout.partial(token)
             report = self._cloner.clone_tree(self._source, partial)
-            self._space.learn(report.method)
+            self._space.learn(report)
             self._check()
             before.check_unchanged(take_snapshot(source))
         finally:

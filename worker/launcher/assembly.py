@@ -18,7 +18,7 @@ from worker.launcher.nursery import Heritage
 from worker.launcher.ports import Ports
 from worker.launcher.processes import System
 from worker.launcher.program import Inherited
-from worker.launcher.protocol import BUILD, PROTOCOL_MAX, PROTOCOL_MIN
+from worker.launcher.protocol import PROTOCOL_MAX, PROTOCOL_MIN
 from worker.launcher.reexec import Parts, Replacement
 from worker.launcher.run import Groups, Host
 from worker.launcher.sandbox import Sandboxes
@@ -38,11 +38,12 @@ def assemble(
     table: System,
     sandboxes: Sandboxes,
     arguments: list[str],
+    build: str,
     log: Log,
     before: dict[str, Any] | None = None,
 ) -> Loop:
     """The loop of a launcher that owns `place` and listens already. `before` are the tables of one before
-    it.
+    it. `build` is what the worker calls this code.
     """
     signals = Signals()
     table.hide_memory()
@@ -103,7 +104,7 @@ def assemble(
     )
     own = table.find(os.getpid())
     described = {
-        "build": BUILD,
+        "build": build,
         "pid": os.getpid(),
         "start_time": 0 if own is None else own.start,
         "started_at_us": facts["started_at_us"],

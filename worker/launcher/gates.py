@@ -3,6 +3,7 @@
 import select
 from typing import Any
 
+from worker.launcher.report import MORE
 from worker.launcher.sandbox import Sandboxes
 
 
@@ -13,10 +14,19 @@ class Gates:
         self._poll = poll
         self._sandboxes = sandboxes
         self._open: dict[int, Any] = {}
+        self._first: Any = None
+        self._handed: list[int] = []
 
-    def add(self, listener: int, path: bytes) -> None:
-        self._open[listener] = self._sandboxes.gate(listener, path)
-        self._poll.register(listener, select.POLLIN)
+    def add(self, descriptors: list[int], words: bytes) -> None:
+        """Take over what a child has handed over (see `report`), as the messages come."""
+        self._handed += descriptors
+        if words == MORE:
+            return
+        handed, self._handed = self._handed, []
+        gate = self._sandboxes.gate(handed, words, self._first)
+        self._first = self._first or gate
+        self._open[gate.fileno()] = gate
+        self._poll.register(gate.fileno(), select.POLLIN)
 
     def pause(self) -> int | None:
         """Try again what waits. How long the loop may sleep, in milliseconds; None: until something happens."""
@@ -24,13 +34,13 @@ class Gates:
         return min((pause for pause in pauses if pause is not None), default=None)
 
     def serve(self, fd: int, event: int) -> None:
-        """Answer, if `fd` is a listener."""
+        """Answer, if `fd` is a gate's."""
         gate = self._open.get(fd)
         if gate is None:
             return
         if event & select.POLLIN:
             gate.serve()
-        else:  # the last program under its filter has ended
+        if gate.ended or not event & select.POLLIN:  # the last program under its filter has ended
             self._poll.unregister(fd)
             del self._open[fd]
             gate.close()

@@ -14,7 +14,7 @@
                    stdin (base64), max_output                 timed_out
     ack_output     cid, stream, offset                        none
     forget         cid, instance                              forgotten
-    reexec         python, program                            empty, just before it happens
+    reexec         python, program, build                     empty, just before it happens
     shutdown       kill                                       empty, when nothing runs any more
 
 A record is null when the program was never reached.
@@ -318,7 +318,9 @@ class Launcher:
     def _op_reexec(self, client: Client, message: Message, reply: ClientReply) -> None:
         if self._shutdown is not None:
             raise Refused(CONFLICT, "the launcher is shutting down")
-        self._replacement.begin(requests.text(message, "python"), requests.text(message, "program"), reply)
+        python, program = requests.text(message, "python"), requests.text(message, "program")
+        build = requests.text(message, "build") if "build" in message else ""
+        self._replacement.begin(python, program, build, reply)
 
     def _op_shutdown(self, client: Client, message: Message, reply: ClientReply) -> None:
         live = self._live()

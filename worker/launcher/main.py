@@ -2,6 +2,7 @@
 
 import os
 import socket
+import stat
 import sys
 from typing import Any, NamedTuple
 
@@ -9,19 +10,20 @@ from worker.launcher.assembly import assemble
 from worker.launcher.identity import EXIT_ALREADY_RUNNING, AlreadyRunning, Log, Place
 from worker.launcher.loop import Loop
 from worker.launcher.processes import System, system
-from worker.launcher.reexec import read_tables
+from worker.launcher.reexec import BUILD, read_tables
 from worker.launcher.sandbox import Sandboxes
-from worker.launcher.state import STATE_VERSION, descriptors
+from worker.launcher.state import STATE_VERSION, check_tables, descriptors
 
 EXIT_USAGE, EXIT_FAILED = 2, 1
 
 _READY = b"ready"
 
 USAGE = (
-    "usage: launcher --data-dir DIR --key-file FILE [--socket PATH] [--foreground] [--unsandboxed-for-tests]"
+    "usage: launcher --data-dir DIR --key-file FILE [--socket PATH] [--build ID] [--foreground]"
+    " [--unsandboxed-for-tests]"
 )
 _FLAGS = ("--foreground", "--unsandboxed-for-tests")
-_VALUES = ("--data-dir", "--key-file", "--socket", "--resume")
+_VALUES = ("--data-dir", "--key-file", "--socket", BUILD, "--resume")
 
 
 class Machine(NamedTuple):
@@ -34,7 +36,9 @@ class Machine(NamedTuple):
 
 
 class Options(NamedTuple):
-    """`resume` is the descriptor of the tables that a launcher before us, in this very process, left."""
+    """`resume` is the descriptor of the tables that a launcher before us, in this very process, left. `build` is
+    what the worker that started us calls our code.
+    """
 
     data_dir: str
     key_file: str
@@ -42,6 +46,7 @@ class Options(NamedTuple):
     foreground: bool
     unsandboxed: bool
     resume: int | None
+    build: str
     arguments: list[str]
 
 
@@ -74,6 +79,7 @@ def parse(arguments: list[str]) -> Options:
         foreground="--foreground" in flags,
         unsandboxed="--unsandboxed-for-tests" in flags,
         resume=int(values["--resume"]) if "--resume" in values else None,
+        build=values.get(BUILD, ""),
         arguments=kept,
     )
 
@@ -110,9 +116,16 @@ def main(arguments: list[str], machine: Machine | None = None) -> int:
 
 
 def self_test(versions: list[str]) -> int:
-    """Whether this code runs here, and reads the tables of a launcher that writes this version of them."""
+    """Whether this code runs here, and reads the tables of a launcher that writes this version of them.
+
+    That launcher leaves them on descriptor 0: what cannot be made of them now would be missed after the exec.
+    """
     Sandboxes().load()
-    return 0 if versions == [str(STATE_VERSION)] else EXIT_FAILED
+    if versions != [str(STATE_VERSION)]:
+        return EXIT_FAILED
+    if stat.S_ISREG(os.fstat(0).st_mode):  # an older launcher leaves none
+        check_tables(read_tables(0))
+    return 0
 
 
 def _await_ready(ready: int, told: int) -> int:
@@ -173,6 +186,7 @@ def _assemble(
         table=host.table,
         sandboxes=Sandboxes(allow_none=options.unsandboxed, enforcement=host.enforcement),
         arguments=options.arguments,
+        build=options.build,
         log=_log(options),
         before=before,
     )

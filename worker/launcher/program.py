@@ -148,7 +148,8 @@ def _become(birth: Birth, order: dict[str, Any]) -> None:
         listener = birth.sandboxes.apply(order["plan"])
         if listener is not None:
             step = "gate"
-            hand_over(birth.report, listener, order["plan"]["gate"])
+            descriptors, words = birth.sandboxes.questions(order["plan"], joined=bool(namespaces))
+            hand_over(birth.report, [listener, *descriptors], words)
         step = "chdir"
         if birth.table.exact:
             os.chdir(command.cwd)  # as the user, and below the root, that the sandbox has chosen

@@ -22,9 +22,6 @@ from typing import Any
 PROTOCOL_MIN = 1
 PROTOCOL_MAX = 1
 
-# Raised with every change of the launcher that a running one should be replaced for.
-BUILD = 1
-
 MAX_FRAME = 8 * 1024 * 1024
 MAX_HELLO_FRAME = 4 * 1024
 HEADER_BYTES = 4

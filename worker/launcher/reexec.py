@@ -1,9 +1,9 @@
 """The launcher takes its own place: newer code, the same process, and no container notices.
 
-The new code is tried first in a child (`--self-test`), because after the exec there is no way back: should
-it not run, the launcher would die, and its containers with it. Then the tables go to a file without a name,
-clients are dropped (they come again), spares end, and exec does the rest: pid, children, descriptors, locks
-and the lists of orphans stay what they are.
+The new code is tried first in a child (`--self-test`) with the tables of this moment, because after the exec there
+is no way back: should it not run, the launcher would die, and its containers with it. Then the tables go to a file
+without a name, clients are dropped (they come again), spares end, and exec does the rest: pid, children, descriptors,
+locks and the lists of orphans stay what they are.
 """
 
 import json
@@ -21,6 +21,7 @@ from worker.launcher.spares import Spares
 from worker.launcher.state import STATE_VERSION, container_state, descriptors
 from worker.launcher.timers import Timers
 
+BUILD = "--build"
 _SELF_TEST_S = 20.0
 ENVIRONMENT = {"LC_ALL": "C.UTF-8"}
 
@@ -50,16 +51,23 @@ class Replacement:
         self._parts = parts
         self._testing = False
 
-    def begin(self, python: str, program: str, reply: ClientReply) -> None:
+    def begin(self, python: str, program: str, build: str, reply: ClientReply) -> None:
         """Try the new code, then become it. The answer is sent just before."""
         if self._testing:
             raise Refused(CONFLICT, "the launcher is about to be replaced already")
-        self._tables()  # whatever is in the way now is told at once
         command = [python, "-I", "-S", program]
+        file = self._written(self._tables())  # whatever is in the way now is told at once
         try:
-            pid = os.posix_spawn(python, [*command, "--self-test", str(STATE_VERSION)], ENVIRONMENT)
+            pid = os.posix_spawn(
+                python,
+                [*command, "--self-test", str(STATE_VERSION)],
+                ENVIRONMENT,
+                file_actions=[(os.POSIX_SPAWN_DUP2, file, 0)],
+            )
         except OSError as failure:
             raise Refused(UNSUPPORTED, f"{python} cannot be run: {failure.strerror}") from failure
+        finally:
+            os.close(file)
         self._testing = True
         timer = self._parts.timers.after(_SELF_TEST_S, lambda: os.kill(pid, signal.SIGKILL))
 
@@ -67,27 +75,20 @@ class Replacement:
             timer.cancel()
             self._testing = False
             try:
-                self._replace(command, status, reply)
+                self._replace(command, build, status, reply)
             except Refused as why:
                 reply.refuse(why)
 
         self._parts.children.add(pid, tested)
 
-    def _replace(self, command: list[str], status: int, reply: ClientReply) -> None:
+    def _replace(self, command: list[str], build: str, status: int, reply: ClientReply) -> None:
         if status:
             raise Refused(UNSUPPORTED, f"the new launcher's self-test failed: {command[-1]}")
         parts = self._parts
         tables = self._tables()
-        try:
-            file = parts.unnamed_file()
-        except OSError as failure:
-            raise Refused(EXHAUSTED, f"no room for the launcher's tables: {failure}") from failure
+        file = self._written(tables)
         fds = [*descriptors(tables), file]
-        try:
-            _write_all(file, json.dumps(tables).encode())
-        except OSError as failure:
-            os.close(file)
-            raise Refused(EXHAUSTED, f"no room for the launcher's tables: {failure}") from failure
+        arguments = [*_without_build(parts.arguments), *([BUILD, build] if build else [])]
         reply.ok()
         parts.control.drop_clients()
         parts.spares.close()
@@ -96,7 +97,7 @@ class Replacement:
         for fd in fds:
             os.set_inheritable(fd, True)
         try:
-            os.execve(command[0], [*command, *parts.arguments, "--resume", str(file)], ENVIRONMENT)
+            os.execve(command[0], [*command, *arguments, "--resume", str(file)], ENVIRONMENT)
         except OSError as failure:
             # As good as impossible after the self-test. Go on as we are.
             parts.log(f"exec of {command[0]} failed: {failure}")
@@ -105,6 +106,18 @@ class Replacement:
             os.close(file)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGTERM,))
             parts.spares.reopen()
+
+    def _written(self, tables: dict[str, Any]) -> int:
+        """The descriptor of a file without a name that holds them. Refused when there is no room."""
+        file = -1
+        try:
+            file = self._parts.unnamed_file()
+            _write_all(file, json.dumps(tables).encode())
+        except OSError as failure:
+            if file >= 0:
+                os.close(file)
+            raise Refused(EXHAUSTED, f"no room for the launcher's tables: {failure}") from failure
+        return file
 
     def _tables(self) -> dict[str, Any]:
         """Refused while something is under way that they cannot hold."""
@@ -116,6 +129,14 @@ class Replacement:
             "ports": parts.ports.state(),
             "containers": [container_state(container) for container in parts.containers.values()],
         }
+
+
+def _without_build(arguments: list[str]) -> list[str]:
+    """What this launcher was started with, but for the name of its code."""
+    if BUILD not in arguments:
+        return arguments
+    at = arguments.index(BUILD)
+    return [*arguments[:at], *arguments[at + 2 :]]
 
 
 def _write_all(fd: int, data: bytes) -> None:

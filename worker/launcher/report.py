@@ -8,9 +8,11 @@ import os
 import re
 import socket
 
-_READ_BYTES = 4096
+_READ_BYTES = 256 * 1024
 _PLACE = re.compile(rb"@(\d+) (\d+)")
-_MAX_DESCRIPTORS = 8
+# How many the kernel lets one message have (SCM_MAX_FD), and that more come with the next.
+_MAX_DESCRIPTORS = 253
+MORE = b"&"
 
 
 def report_ends(sockets: bool) -> tuple[int, int]:
@@ -21,14 +23,17 @@ def report_ends(sockets: bool) -> tuple[int, int]:
     return ours.detach(), theirs.detach()
 
 
-def hand_over(report: int, listener: int, path: str) -> None:
-    """Give `listener` to the shim, which may let programs connect to the socket `path`."""
+def hand_over(report: int, descriptors: list[int], words: bytes) -> None:
+    """Give the shim a listener, and what else it needs to answer it; they are closed here. OSError."""
     sock = _socket(report)
     try:
-        socket.send_fds(sock, [os.fsencode(path)], [listener])
+        for at in range(0, len(descriptors), _MAX_DESCRIPTORS):
+            last = at + _MAX_DESCRIPTORS >= len(descriptors)
+            socket.send_fds(sock, [words if last else MORE], descriptors[at : at + _MAX_DESCRIPTORS])
     finally:
         sock.detach()
-    os.close(listener)
+        for fd in descriptors:
+            os.close(fd)
 
 
 def give_place(report: int, init: int, program: int, namespaces: list[int]) -> None:
@@ -52,7 +57,7 @@ def taken_place(said: bytes) -> tuple[int, int] | None:
 def read_report_end(report: int, sockets: bool) -> tuple[bytes, list[int]]:
     """What the child said, with the descriptors that came along; b"" at the end.
 
-    They are a listener, with its path, or the namespaces of `give_place`.
+    They are those of `hand_over`, or the namespaces of `give_place`.
     """
     if not sockets:
         return os.read(report, _READ_BYTES), []

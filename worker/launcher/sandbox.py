@@ -140,12 +140,18 @@ class Sandboxes:
         open_groups = getattr(self._module, "open_groups", None)
         return None if open_groups is None else open_groups(name)
 
-    def gate(self, listener: int, path: bytes) -> Any:
-        """What answers a listener: `serve()` when it is readable, `close()` when nobody can ask any more.
+    def questions(self, plan: dict[str, Any], *, joined: bool) -> tuple[list[int], bytes]:
+        """What `gate` needs beside the listener that `apply` gave. OSError."""
+        found: tuple[list[int], bytes] = self._module.questions(plan, joined)
+        return found
+
+    def gate(self, descriptors: Sequence[int], words: bytes, first: Any) -> Any:
+        """What answers a listener: `serve()` when its `fileno()` is readable, `close()` when nobody can ask any more
+        (it has `ended`, or the descriptor says so). `first` is the container's first, None for that one.
 
         `retry()` now and then; it gives after how many milliseconds, None when only `serve` has to be called.
         """
-        return self._module.open_gate(listener, path)
+        return self._module.open_gate(descriptors, words, first)
 
     def become(self, plan: dict[str, Any], program: str, argv: list[str], env: dict[str, str]) -> None:
         """Be the program, in the child that `apply` has confined. OSError."""

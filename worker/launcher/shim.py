@@ -220,8 +220,8 @@ class Shim:
             self._namespaces += descriptors
             self._take_place(spawned, *place)
             return
-        for listener in descriptors:
-            self._gates.add(listener, chunk)
+        if descriptors:
+            self._gates.add(descriptors, chunk)
             return
         if chunk:
             spawned.said += chunk

@@ -60,6 +60,21 @@ def descriptors(tables: dict[str, Any]) -> list[int]:
     return [fd for fd in fds if fd >= 0]
 
 
+def check_tables(tables: dict[str, Any]) -> None:
+    """Raises an exception for tables that this code cannot go on with. Opens and changes nothing."""
+    for port in tables["ports"]:
+        _ = port["cid"], port["port"], port["fd"], port["lent"]
+    for state in tables["containers"]:
+        Identity(**state["identity"])
+        _restore_run(Run(), state["run"])
+        _ = state["lost"], state["unwritten"]
+        if state["shim"] is not None:
+            _ = state["shim"]["pid"], state["ending"]["sent"], state["ending"]["killing"], state["ending"]["due"]
+            base64.b64decode(state["shim"]["pending"])
+    descriptors(tables)
+    _ = tables["facts"]["started_at_us"], tables["facts"]["files"]
+
+
 def restore_container(state: dict[str, Any], host: Host, heritage: Heritage, capture: Capture) -> Container:
     """A container as it was, with its shim, its pipes and its deadlines."""
     identity = Identity(**state["identity"])

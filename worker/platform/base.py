@@ -38,15 +38,17 @@ class PathRule(msgspec.Struct, frozen=True):
 class NetworkPolicy(msgspec.Struct, frozen=True, kw_only=True):
     """The level in force and its ports.
 
-    `bind_ports` are the assigned and the endpoints' target ports; `connect_ports` is complete for
-    `localhost` (with 53, 80 and 443) and, for `outbound`, what loopback may be asked for. `denied_ports`
-    (the NATS server's) are in neither list and beat both. `udp` is set where UDP sockets are part of the
-    level: `outbound`, `full`, and `localhost` for an endpoint whose protocol is udp. `unix_sockets` are
-    socket paths granted; `api_socket` is that of the node's host API, one of them.
+    `bind_ports` are the assigned and the endpoints' target ports, `udp_ports` those of them whose endpoint's
+    protocol is udp; `connect_ports` is complete for `localhost` (with 53, 80 and 443) and, for `outbound`,
+    what loopback may be asked for. `denied_ports` (the NATS server's) are in no list and beat all. `udp` is
+    set where UDP sockets are part of the level: `outbound`, `full`, and `localhost` for an endpoint whose
+    protocol is udp. `unix_sockets` are socket paths granted; `api_socket` is that of the node's host API,
+    one of them.
     """
 
     level: Network = Network.NONE
     bind_ports: tuple[int, ...] = ()
+    udp_ports: tuple[int, ...] = ()
     connect_ports: tuple[int, ...] = ()
     denied_ports: tuple[int, ...] = ()
     unix_sockets: tuple[str, ...] = ()
@@ -73,21 +75,29 @@ class VolumeMount(msgspec.Struct, frozen=True, kw_only=True):
     `target` is a path inside the rootfs, absolute, normalised, without links resolved. Under isolation
     `process` it becomes a link in the rootfs to `source`. `kind` is the storage type; the sources of
     `named`, `anonymous` and `tmpfs` are ours to make (with `mode`, when given), and a `tmpfs` is emptied
-    at each start.
+    at each start. That of `s3` is a mirror, made when it is fetched. `name` is that of a `named` volume.
     """
 
-    kind: Literal["bind", "named", "anonymous", "tmpfs"]
+    kind: Literal["bind", "named", "anonymous", "tmpfs", "s3"]
     source: str
     target: str
     readonly: bool = False
     size_bytes: int | None = None
     mode: int | None = None
+    name: str | None = None
 
 
 class Device(msgspec.Struct, frozen=True, kw_only=True):
     path: str
     read: bool = True
     write: bool = True
+
+
+class RunAs(msgspec.Struct, frozen=True, kw_only=True):
+    """The numbers of a user and of its one group."""
+
+    uid: int
+    gid: int
 
 
 class SandboxPolicy(msgspec.Struct, frozen=True, kw_only=True):
@@ -98,13 +108,14 @@ class SandboxPolicy(msgspec.Struct, frozen=True, kw_only=True):
     programs of the platform need, which the driver adds. `deny` are paths that must never be reachable,
     whatever is granted above them. `marker` is a path that names the instance and that only this sandbox
     may read (macOS finds a container's processes by it). `run` counts the starts, 0 before the first: where
-    the system logs denials, they bear it.
+    the system logs denials, they bear it. `user` None: the worker's own.
     """
 
     container: str
     instance: str
     run: int = 0
     isolation: str = "process"
+    user: RunAs | None = None
     rootfs: str
     tmp: str
     state_dir: str
@@ -141,12 +152,26 @@ class RuleGroup(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class CloneReport(msgspec.Struct, frozen=True, kw_only=True):
-    """How a tree was copied: `method` is `clonefile`, `reflink`, `copy`, or the mix that was needed."""
+    """How a tree was copied: `method` is `clonefile`, `reflink`, `copy`, or the mix that was needed.
+
+    Files of `shared_from` bytes and more share their blocks with the source; None when none does.
+    """
 
     method: str
     files: int
     directories: int
     bytes: int
+    shared_from: int | None = None
+
+
+class CloneChoice(msgspec.Struct, frozen=True, kw_only=True):
+    """The way of copying that was found best here: `clonefile`, `reflink` for files of `shared_from` bytes and more,
+    or `copy`. `usec` are the times that it was chosen by, of one file each.
+    """
+
+    method: Literal["clonefile", "reflink", "copy"]
+    shared_from: int | None = None
+    usec: dict[str, float] = {}
 
 
 class TreeSample(msgspec.Struct, frozen=True, kw_only=True):
@@ -209,7 +234,14 @@ class Driver(Rules, Protocol):
     def plan(self, policy: SandboxPolicy) -> dict[str, Any]:
         """JSON for the launcher's child; has at least `platform`."""
 
-    def clone_tree(self, src: Path, dst: Path) -> CloneReport: ...
+    def clone_tree(self, src: Path, dst: Path, choice: CloneChoice | None = None) -> CloneReport:
+        """Without a `choice`, whatever works, the quickest by hearsay first."""
+
+    def measure_clone(self, source: Path, target: Path) -> CloneChoice:
+        """What is best from one folder to the other, by doing it. Blocking. OSError."""
+
+    def changes_user(self) -> bool:
+        """Whether this worker may run containers as other users than its own."""
 
     def processes(self) -> ProcessTable: ...
 

@@ -52,6 +52,10 @@ class FileCopier(Protocol):
     def method(self) -> str:
         """How it was done, for the report."""
 
+    @property
+    def shared_from(self) -> int | None:
+        """As in `CloneReport`."""
+
     def copy(self, source: int, target: int, size: int) -> None: ...
 
 
@@ -118,7 +122,11 @@ class TreeCopy:
             self._from.close()
             self._to.close()
         return CloneReport(
-            method=self._copier.method, files=self._files, directories=self._directories, bytes=self._bytes
+            method=self._copier.method,
+            files=self._files,
+            directories=self._directories,
+            bytes=self._bytes,
+            shared_from=self._copier.shared_from,
         )
 
     def _go_down(self, name: str) -> None:
@@ -242,4 +250,4 @@ def measure(top: int, method: str) -> CloneReport:
                         walk.up()
     finally:
         walk.close()
-    return CloneReport(method=method, files=files, directories=directories, bytes=size)
+    return CloneReport(method=method, files=files, directories=directories, bytes=size, shared_from=0)

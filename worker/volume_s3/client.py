@@ -4,6 +4,7 @@ Blocking; threads may share it. It uses what it is given and nothing of the work
 the aws command line, no credentials of the machine. Each call is one attempt: `patience` tries again.
 """
 
+import functools
 import io
 import re
 import ssl
@@ -15,6 +16,8 @@ from pathlib import Path
 from typing import IO, Any
 
 import msgspec
+
+from worker.images.registry.addresses import refused
 
 from .failures import Changed, Missing, S3Failure, Stopped, Unable
 from .source import S3Credentials, S3Source
@@ -31,6 +34,8 @@ TOKEN = "sandfleet-token"  # whose upload it is: metadata that tells our own ver
 MTIME = "mtime"  # seconds since 1970, with a fraction, as rclone writes it
 EXECUTABLE = "sandfleet-executable"
 
+# A session makes one client at a time.
+_MAKING = threading.Lock()
 _CODE = re.compile(r"[A-Za-z0-9.]{1,64}")
 _SYSTEM_ROOTS = "/etc/ssl/cert.pem"
 _AGAIN = frozenset(
@@ -108,20 +113,37 @@ class S3Client:
         credentials: S3Credentials | None,
         *,
         ca: Path | None = None,
+        private: bool = False,
         stopped: threading.Event | None = None,
     ) -> None:
-        """`ca` is trusted in the place of the system's roots. Once `stopped`, every call raises Stopped."""
+        """`ca` is trusted in the place of the system's roots. `private`: the operator named the server, so its address
+        need not be public. Once `stopped`, every call raises Stopped."""
         self._source = source
+        self._credentials = credentials
+        self._ca = ca
+        self._private = private
         self._stopped = threading.Event() if stopped is None else stopped
-        self._http, self._client = _connect(source, credentials, ca, self._send)
+        self._lock = threading.Lock()
+        self._parts: tuple[Any, Any] | None = None
 
     def close(self) -> None:
-        self._client.close()
-        self._http.close()
+        if self._parts is not None:
+            for part in self._parts:
+                part.close()
+
+    def _connected(self) -> tuple[Any, Any]:
+        """What carries requests, and the client. Made by the first call: a pass may find nothing to ask."""
+        with self._lock:
+            if self._parts is None:
+                self._parts = _connect(
+                    self._source, self._credentials, self._ca, self._send, private=self._private
+                )
+            return self._parts
 
     def _call(self, operation: str, **arguments: Any) -> Any:
+        _, client = self._connected()
         with _told(operation):
-            return getattr(self._client, operation)(
+            return getattr(client, operation)(
                 Bucket=self._source.bucket, **{k: v for k, v in arguments.items() if v is not None}
             )
 
@@ -131,7 +153,7 @@ class S3Client:
             raise Stopped
         wants_stream = request.stream_output
         request.stream_output = True
-        answer = self._http.send(request)
+        answer = self._connected()[0].send(request)
         if wants_stream and answer.status_code < 300:
             return answer
         return type(answer)(answer.url, answer.status_code, answer.headers, _Read(answer.raw))
@@ -332,22 +354,17 @@ def _only(expected: str | None) -> dict[str, str]:
 
 
 def _connect(
-    source: S3Source, credentials: S3Credentials | None, ca: Path | None, send: Callable[..., Any]
+    source: S3Source,
+    credentials: S3Credentials | None,
+    ca: Path | None,
+    send: Callable[..., Any],
+    *,
+    private: bool,
 ) -> tuple[Any, Any]:
-    """(what carries requests, the client)."""
-    import botocore.session
     from botocore import UNSIGNED
     from botocore.config import Config
-    from botocore.configprovider import BOTOCORE_DEFAUT_SESSION_VARIABLES
     from botocore.httpsession import URLLib3Session
 
-    # No variable and no file of the machine's own user has a say.
-    alone = {
-        name: (None, None, default, convert)
-        for name, (_, _, default, convert) in BOTOCORE_DEFAUT_SESSION_VARIABLES.items()
-    }
-    for name in ("config_file", "credentials_file"):
-        alone[name] = (None, None, "/dev/null", None)
     verify: str | bool = True
     roots = ca or ssl.get_default_verify_paths().cafile or _SYSTEM_ROOTS
     if ca is not None or Path(roots).exists():
@@ -361,17 +378,67 @@ def _connect(
         request_checksum_calculation="when_required",
         response_checksum_validation="when_supported",
     )
-    client = botocore.session.Session(session_vars=alone).create_client(
-        "s3",
-        region_name=source.region,
-        endpoint_url=source.endpoint,
-        aws_access_key_id=None if credentials is None else credentials.access_key_id,
-        aws_secret_access_key=None if credentials is None else credentials.secret_access_key,
-        aws_session_token=None if credentials is None else credentials.session_token,
-        config=config,
-    )
+    with _MAKING:
+        client = _session().create_client(
+            "s3",
+            region_name=source.region,
+            endpoint_url=source.endpoint,
+            aws_access_key_id=None if credentials is None else credentials.access_key_id,
+            aws_secret_access_key=None if credentials is None else credentials.secret_access_key,
+            aws_session_token=None if credentials is None else credentials.session_token,
+            config=config,
+        )
     client.meta.events.register("before-send.s3", send)
     http = URLLib3Session(
         verify=verify, proxies={}, timeout=(CONNECT_TIMEOUT_S, READ_TIMEOUT_S), max_pool_connections=POOL
     )
+    # The manager of connections makes its pools of these.
+    http._manager.pool_classes_by_scheme = _pools(private)
     return http, client
+
+
+@functools.cache
+def _session() -> Any:
+    """What clients are made of: reading what it knows of S3 costs half a second, so it is kept. It holds no secret."""
+    import botocore.session
+    from botocore.configprovider import BOTOCORE_DEFAUT_SESSION_VARIABLES
+
+    # No variable and no file of the machine's own user has a say.
+    alone = {
+        name: (None, None, default, convert)
+        for name, (_, _, default, convert) in BOTOCORE_DEFAUT_SESSION_VARIABLES.items()
+    }
+    for name in ("config_file", "credentials_file"):
+        alone[name] = (None, None, "/dev/null", None)
+    return botocore.session.Session(session_vars=alone)
+
+
+def _pools(private: bool) -> dict[str, Any]:
+    """As botocore's own, but a connection to an address that may not be used ends before a byte is sent on it.
+
+    The address is that of the connection itself: what a name meant when it was looked up before does not count.
+    """
+    from botocore.awsrequest import (
+        AWSHTTPConnection,
+        AWSHTTPConnectionPool,
+        AWSHTTPSConnection,
+        AWSHTTPSConnectionPool,
+    )
+
+    class Checked:
+        def _new_conn(self) -> Any:
+            made = super()._new_conn()  # type: ignore[misc]
+            why = refused(made.getpeername()[0], private=private)
+            if why is not None:
+                made.close()
+                raise S3Failure(
+                    f"the server is at {why}; a pattern of policy.s3_endpoints that names it allows that"
+                )
+            return made
+
+    plain = type("Plain", (Checked, AWSHTTPConnection), {})
+    secure = type("Secure", (Checked, AWSHTTPSConnection), {})
+    return {
+        "http": type("PlainPool", (AWSHTTPConnectionPool,), {"ConnectionCls": plain}),
+        "https": type("SecurePool", (AWSHTTPSConnectionPool,), {"ConnectionCls": secure}),
+    }

@@ -28,10 +28,14 @@ class InTheWay(S3Failure):
 class MirrorTree:
     """`files` is the mirror's folder, `incoming` where files grow until they are whole, on the same file system."""
 
-    def __init__(self, files: Path, incoming: Path) -> None:
+    def __init__(self, files: Path, incoming: Path, owner: tuple[int, int] | None = None) -> None:
+        """`owner` (uid, gid) gets what is made here; None: the worker keeps it."""
+        self._owner = owner
         self._files = open_directory(files)
         try:
             self._incoming = open_directory(incoming)
+            if owner is not None:
+                os.fchown(self._files, *owner)
         except BaseException:
             os.close(self._files)
             raise
@@ -118,7 +122,10 @@ class MirrorTree:
 
     def new_file(self, name: str) -> int:
         """A new file among those that are not whole yet."""
-        return os.open(name, _NEW_FILE, 0o600, dir_fd=self._incoming)
+        fd = os.open(name, _NEW_FILE, 0o600, dir_fd=self._incoming)
+        if self._owner is not None:
+            os.fchown(fd, *self._owner)
+        return fd
 
     def drop(self, name: str) -> None:
         with contextlib.suppress(FileNotFoundError):
@@ -169,15 +176,23 @@ class MirrorTree:
         fd = os.dup(self._files)
         try:
             for part in path.split("/") if path else ():
-                if make:
-                    with contextlib.suppress(FileExistsError):
-                        os.mkdir(part, 0o755, dir_fd=fd)
+                made = make and _made(part, fd)
                 deeper = os.open(part, OPEN_DIRECTORY, dir_fd=fd)
                 os.close(fd)
                 fd = deeper
+                if made and self._owner is not None:
+                    os.fchown(fd, *self._owner)
             yield fd
         finally:
             os.close(fd)
+
+
+def _made(name: str, parent: int) -> bool:
+    try:
+        os.mkdir(name, 0o755, dir_fd=parent)
+    except FileExistsError:
+        return False
+    return True
 
 
 def stamp_of(found: os.stat_result) -> Stamp:

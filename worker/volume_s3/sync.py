@@ -121,15 +121,18 @@ class MirrorPass:
         self._state.begin_pass()
         self._look_here()
         self._state.gather()
-        for sides in self._state.sides():
-            if sides.here is None or sides.base is None:
-                if sides.here is None or not sides.here.special:
-                    return True
-            elif not sides.here.special and self._here(sides)[0] is not Side.SAME:
-                kept = sides.base.kept and sides.base.stamp == sides.here.stamp
-                if not kept:
-                    return True
-        return False
+        return any(self._differs(sides) for sides in self._state.sides())
+
+    def _differs(self, sides: Sides) -> bool:
+        if sides.here is None or sides.base is None:
+            return sides.here is None or not sides.here.special
+        if sides.here.special:
+            return False
+        try:
+            here, kept = self._here(sides)
+        except Unsettled:
+            return True
+        return here is not Side.SAME and not kept
 
     # -- before
 

@@ -88,16 +88,16 @@ def from_docker_config(path: Path, host: str) -> Credentials | None:
     helpers = document.get("credHelpers")
     helper = None
     if isinstance(helpers, dict):
-        helper = next((helpers[key] for key in _keys(host) if isinstance(helpers.get(key), str)), None)
+        helper = next((helpers[key] for key in keys_of(host) if isinstance(helpers.get(key), str)), None)
     helper = helper or document.get("credsStore")
     if isinstance(helper, str) and helper:
-        found = ask_helper(helper, _keys(host)[0])
+        found = ask_helper(helper, keys_of(host)[0])
         if found is not None:
             return found
     return _from_auths(document, host, str(path), "image")
 
 
-def _keys(host: str) -> tuple[str, ...]:
+def keys_of(host: str) -> tuple[str, ...]:
     return _HUB_KEYS if host == DOCKER_HUB else (host,)
 
 
@@ -129,7 +129,7 @@ def _from_auths(document: dict[str, Any], host: str, where: str, field: str) -> 
     auths = document.get("auths")
     if not isinstance(auths, dict):
         return None
-    wanted = _keys(host)
+    wanted = keys_of(host)
     for key, entry in auths.items():
         # Older files have whole addresses for keys: https://ghcr.io/v1/
         bare = re.sub(r"^https?://", "", key).partition("/")[0].lower()
@@ -158,7 +158,7 @@ def ask_helper(helper: str, server: str, *, timeout_s: float = HELPER_TIMEOUT_S)
     program = f"docker-credential-{helper}"
     if _HELPER.fullmatch(helper) is None:
         raise PullFailed(f"{program[:100]!r} is no name of a credential helper", field="image")
-    code, output = _run([program, "get"], server.encode(), timeout_s)
+    code, output = run_helper([program, "get"], server.encode(), timeout_s)
     if code != 0:
         if _NOT_FOUND in output.lower():
             return None
@@ -170,7 +170,7 @@ def ask_helper(helper: str, server: str, *, timeout_s: float = HELPER_TIMEOUT_S)
     return Credentials(identity_token=secret) if username == _IDENTITY else Credentials(username, secret)
 
 
-def _run(argv: list[str], given: bytes, timeout_s: float) -> tuple[int, bytes]:
+def run_helper(argv: list[str], given: bytes, timeout_s: float) -> tuple[int, bytes]:
     """Exit code and standard output of a helper and all it started, ended when they take too long."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SANDFLEET_")}
     try:

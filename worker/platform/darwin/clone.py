@@ -4,13 +4,14 @@ Sources: clonefile(2), copyfile(3), <sys/clonefile.h>, <copyfile.h>. The manual 
 directory that others may change meanwhile; here nobody does, and a registration proves it afterwards.
 """
 
+import contextlib
 import ctypes
 import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
 
-from worker.platform.base import CloneReport
+from worker.platform.base import CloneChoice, CloneReport
 from worker.platform.descent import OPEN_DIRECTORY, open_directory
 from worker.platform.treecopy import TreeCopy, measure
 from worker.platform.xattrs import DarwinXattrs
@@ -21,6 +22,8 @@ _CLONE_NOFOLLOW = 0x0001
 _CLONE_NOOWNERCOPY = 0x0002
 _COPYFILE_DATA = 1 << 3
 
+COPY = CloneChoice(method="copy")
+
 # Another volume, or a file system that shares no blocks. EEXIST is not among them: a place that is taken is
 # an error.
 _CANNOT_CLONE = frozenset({errno.ENOTSUP, errno.EOPNOTSUPP, errno.EXDEV, errno.ENOSYS})
@@ -30,6 +33,7 @@ class CopyFile:
     """fcopyfile(3), for the bytes only; all else is set by the walk."""
 
     method = "copy"
+    shared_from = None
 
     def __init__(self, library: ctypes.CDLL) -> None:
         c_int = ctypes.c_int
@@ -50,8 +54,28 @@ class DarwinCloner:
             library, "clonefileat", c_int, c_int, c_char_p, c_int, c_char_p, ctypes.c_uint32
         )
 
-    def clone_tree(self, src: Path, dst: Path, *, stop: Callable[[], bool] | None = None) -> CloneReport:
-        """Copy `src`, a canonical path, to `dst`, which must not exist.
+    def measure(self, source: Path, target: Path) -> CloneChoice:
+        """One call for a whole tree is never slower than a copy of each file: it is used where it works. OSError."""
+        tried = source / f".probe-{os.urandom(8).hex()}"
+        copied = target / tried.name
+        os.mkdir(tried, 0o700)
+        try:
+            report = self.clone_tree(tried, copied)
+        finally:
+            os.rmdir(tried)
+            with contextlib.suppress(FileNotFoundError):
+                os.rmdir(copied)
+        return CloneChoice(method="clonefile", shared_from=0) if report.method == "clonefile" else COPY
+
+    def clone_tree(
+        self,
+        src: Path,
+        dst: Path,
+        choice: CloneChoice | None = None,
+        *,
+        stop: Callable[[], bool] | None = None,
+    ) -> CloneReport:
+        """Copy `src`, a canonical path, to `dst`, which must not exist; with the `choice` to copy each file, do that.
 
         TreeError naming the file, FileExistsError for `dst`, other OSErrors for `src` itself. On failure,
         and when `stop` answered true, what was made stays at `dst` for the caller to remove.
@@ -60,7 +84,7 @@ class DarwinCloner:
         try:
             source = os.open(src.name, OPEN_DIRECTORY, dir_fd=above)
             try:
-                if self._clone_whole(above, src.name, dst):
+                if choice != COPY and self._clone_whole(above, src.name, dst):
                     return measure(source, "clonefile")
                 return self._copy(source, dst, stop)
             finally:

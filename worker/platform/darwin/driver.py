@@ -12,7 +12,7 @@ import msgspec
 
 from schemas.node import Capabilities
 from worker.errors import Unavailable
-from worker.platform.base import CloneReport, SandboxPolicy
+from worker.platform.base import CloneChoice, CloneReport, SandboxPolicy
 
 from .clone import DarwinCloner
 from .describe import OLDEST_RELEASE, SeatbeltRules
@@ -69,14 +69,21 @@ class DarwinDriver(SeatbeltRules):
             "version": PLAN_VERSION,
             "platform": self.name,
             "limits": _limits(policy),
+            **({} if policy.user is None else {"user": [policy.user.uid, policy.user.gid]}),
             "profile": profile.text,
             "params": [text for pair in profile.params.items() for text in pair],
             "marker": canonical(policy.marker) if policy.marker else "",
             "memory_mib": self._memory_mib(policy),
         }
 
-    def clone_tree(self, src: Path, dst: Path) -> CloneReport:
-        return self._cloner.clone_tree(src, dst)
+    def clone_tree(self, src: Path, dst: Path, choice: CloneChoice | None = None) -> CloneReport:
+        return self._cloner.clone_tree(src, dst, choice)
+
+    def measure_clone(self, source: Path, target: Path) -> CloneChoice:
+        return self._cloner.measure(source, target)
+
+    def changes_user(self) -> bool:
+        return os.geteuid() == 0
 
     def processes(self) -> DarwinProcessTable:
         return DarwinProcessTable(self._proc, self._timebase, self._markers)

@@ -1,8 +1,9 @@
 """Carries out a plan made by the macOS driver. Standard library only.
 
 A plan is data: `{"version": 1, "platform": "darwin", "limits": [[name, soft, hard, cap], …], "profile":
-text, "params": [key, value, …], "marker": path, "memory_mib": number or null}`. `prepare` converts it before
-the fork; `apply` sets the limits and then enters the sandbox, in the child, for good; `become` replaces the
+text, "params": [key, value, …], "marker": path, "memory_mib": number or null}`, and where the program has a
+user of its own `"user": [uid, gid]`. `prepare` converts it before the fork; `apply` sets the limits, becomes
+the user and then enters the sandbox, in the child, for good; `become` replaces the
 child by the program. The sandbox is inherited over fork and exec and cannot be left; the marker is for those
 who look for the container's processes (`tree`); the memory limit is the program's own (`jetsam`).
 """
@@ -76,6 +77,8 @@ class Enforcer:
         ready = self.prepare(plan) if prepared is None else prepared
         for name, soft, hard, cap in plan["limits"]:
             _set_limit(name, soft, hard, cap)
+        if "user" in plan:
+            _become_user(*plan["user"])
         try:
             ready.entry.enter(ready.profile, ready.params)
         except SandboxRefused as refusal:
@@ -94,6 +97,16 @@ class Enforcer:
             with contextlib.suppress(OSError):  # told by the exec that follows, or of no importance
                 jetsam.become(jetsam.prepare(load(self._path)), program, argv, env, mebibytes)
         os.execve(program, list(argv), dict(env))
+
+
+def _become_user(uid: int, gid: int) -> None:
+    """With one group, and no others by the directory services: setgroups(2) opts out of them."""
+    try:
+        os.setgroups([gid])
+        os.setgid(gid)
+        os.setuid(uid)
+    except OSError as error:
+        raise EnforceError("user", error.errno or 0, f"{uid}:{gid}: {error.strerror}") from error
 
 
 _system = Enforcer()

@@ -1,4 +1,7 @@
-"""Whether isolation `rootfs` works for this worker, found out by doing it once in a process of its own."""
+"""Whether isolation `rootfs` works for this worker, found out by doing it once in a process of its own.
+
+And whether its programs' descriptors can be had, which a container with a network of its own needs (see `netgate`).
+"""
 
 import os
 import subprocess
@@ -12,8 +15,9 @@ import sys
 for name in ("worker", "worker.platform", "worker.platform.linux"):
     sys.modules[name] = package = type(sys)(name)
     package.__path__ = [sys.argv[1] + "/" + name.replace(".", "/")]
-from worker.platform.linux import rooted
-sys.stdout.write(rooted.try_out(sys.argv[2] == "user", sys.argv[3]))
+from worker.platform.linux import callers, rooted
+looking = callers.try_out()
+sys.stdout.write(rooted.try_out(sys.argv[2] == "user", sys.argv[3]) + "\\n" + looking)
 """
 _PATIENCE_S = 10.0
 
@@ -21,8 +25,8 @@ _PATIENCE_S = 10.0
 class Able:
     """Found out when it is first asked for, unless it is given."""
 
-    def __init__(self, *, user: bool = False, reason: str | None = None) -> None:
-        self._found = None if reason is None else (user, reason)
+    def __init__(self, *, user: bool = False, reason: str | None = None, blind: str = "") -> None:
+        self._found = None if reason is None else (user, reason, blind)
 
     @property
     def user(self) -> bool:
@@ -34,22 +38,28 @@ class Able:
         """Why isolation `rootfs` is not to be had; empty when it is."""
         return self._find()[1]
 
-    def _find(self) -> tuple[bool, str]:
+    @property
+    def blind(self) -> str:
+        """Why descriptors of programs cannot be had; empty when they can."""
+        return self._find()[2]
+
+    def _find(self) -> tuple[bool, str, str]:
         if self._found is None:
             self._found = _find()
         return self._found
 
 
-def _find() -> tuple[bool, str]:
+def _find() -> tuple[bool, str, str]:
     reason = ""
     for user in (False, True) if os.geteuid() == 0 else (True,):
-        reason = _try_out("user" if user else "root")
+        reason, _, blind = _try_out("user" if user else "root").partition("\n")
         if not reason:
-            return user, ""
-    return True, reason
+            return user, "", blind
+    return True, reason, reason
 
 
 def _try_out(kind: str) -> str:
+    """The two reasons, a line each; empty where it works."""
     folder = str(Path(__file__).resolve().parents[3])
     try:
         with tempfile.TemporaryDirectory() as place:

@@ -165,8 +165,9 @@ def measure(source: Path, target: Path) -> CloneChoice:
             files = [_probe_file(Path(there) / f"{size}-{n}", size) for n in range(_FILES)]
             shared = _time(files, Path(here), reflink=True)
             copied = _time(files, Path(here), reflink=False)
-            usec[f"copy {size}"] = copied
-            if shared is None:
+            if copied is not None:
+                usec[f"copy {size}"] = copied
+            if shared is None or copied is None:
                 continue
             usec[f"reflink {size}"] = shared
             if shared > copied * _TOLERANCE:

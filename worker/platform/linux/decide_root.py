@@ -76,6 +76,8 @@ def _bound(access: str, right: str, line: str) -> Ruling:
     if access == "dev":
         allowed = right in _OF_DEVICES
         return Ruling("allow" if allowed else "deny", line, "a device: it can be read and written")
-    if access == "ro" and right in _CHANGES:
+    if access == "data" and right == "execute":
+        return Ruling("deny", line, "nothing there can be executed")
+    if access in ("ro", "data") and right in _CHANGES:
         return Ruling("deny", line, "mounted read-only")
     return Ruling("allow", line, "granted")

@@ -26,8 +26,9 @@ from . import cgroups, gaps, landlock, privileges, seccomp, system
 from .able import Able
 from .clone import clone_tree, copier_of, measure
 from .enforce import PLAN_VERSION
-from .gate import supported as gates_supported
 from .groups import GROUPS
+from .netrules import granted
+from .notify import supported as gates_supported
 from .proc import LinuxProcessTable, allocated_bytes
 from .render import render
 from .rootplan import make_root, shows_system
@@ -54,6 +55,7 @@ class LinuxDriver:
         listed: bool = False,
         gate: bool | None = None,
         rooted: bool | None = None,
+        ports: bool | None = None,
         controllers: tuple[str, ...] | None = None,
     ) -> None:
         self._abi = landlock.abi() if abi is None else abi
@@ -63,6 +65,7 @@ class LinuxDriver:
         self._controllers = _controllers() if controllers is None else controllers
         self._gate = self._filter and (gates_supported() if gate is None else gate)
         self._able = Able() if rooted is None else Able(user=not self._root, reason="" if rooted else "not here")
+        self._ports = ports
 
     def capabilities(self) -> Capabilities:
         # Levels that hold at least by port; `not_enforced` says how much less than the contract that is.
@@ -82,7 +85,11 @@ class LinuxDriver:
                 *[name for name in ("pids", "cpu") if name in self._controllers],
             ],
             not_enforced=gaps.of_machine(
-                self._abi, self._filter, rooted=not self._able.reason, controllers=self._controllers
+                self._abi,
+                self._filter,
+                rooted=not self._able.reason,
+                ports=self._has_ports(),
+                controllers=self._controllers,
             ),
         )
 
@@ -92,7 +99,12 @@ class LinuxDriver:
     def not_enforced(self, policy: SandboxPolicy) -> list[NotEnforced]:
         opens_sockets = self._opens_sockets(policy.network)
         return gaps.of_policy(
-            policy, self._abi, self._filter, opens_sockets=opens_sockets, controllers=self._controllers
+            policy,
+            self._abi,
+            self._filter,
+            opens_sockets=opens_sockets,
+            ports=self._opens_ports(policy),
+            controllers=self._controllers,
         )
 
     def describe(self, policy: SandboxPolicy) -> Profile:
@@ -127,6 +139,11 @@ class LinuxDriver:
         plan: dict[str, Any] = {"version": PLAN_VERSION, "platform": self.name, "steps": steps}
         if self._has_gate(policy.network):
             plan["gate"] = policy.network.api_socket
+        if self._opens_ports(policy):
+            network = policy.network
+            plan["ports"] = granted(
+                network.bind_ports, network.connect_ports, network.udp_ports, network.denied_ports
+            )
         limited = _group_limits(policy.limits, self._controllers)
         if limited:
             plan["cgroup"] = limited
@@ -134,7 +151,12 @@ class LinuxDriver:
             user = (os.getuid(), os.getgid()) if self._able.user else None
             links = {} if self._listed else system.links()
             plan["root"] = make_root(
-                policy, system=self._system(policy), links=links, user=user, gated=plan.get("gate")
+                policy,
+                system=self._system(policy),
+                links=links,
+                user=user,
+                net="ports" in plan,
+                gated=plan.get("gate"),
             )
         return plan
 
@@ -156,6 +178,17 @@ class LinuxDriver:
     def _has_gate(self, network: NetworkPolicy) -> bool:
         """Whether the host API's socket is reached through the shim, and no other."""
         return network.api_socket is not None and not self._opens_sockets(network)
+
+    def _has_ports(self) -> bool:
+        """Whether a network of its own can have the granted ports of the host: Landlock must refuse the rest."""
+        if self._ports is not None:
+            return self._ports
+        return self._gate and self._abi >= 4 and not self._able.blind
+
+    def _opens_ports(self, policy: SandboxPolicy) -> bool:
+        """Whether this container has a network of its own with granted ports of the host."""
+        rooted = policy.isolation == ROOTED and policy.network.level is Network.LOCALHOST
+        return rooted and self._has_ports()
 
     def clone_tree(self, src: Path, dst: Path, choice: CloneChoice | None = None) -> CloneReport:
         return clone_tree(src, dst, copier=copier_of(choice))
@@ -203,7 +236,8 @@ class LinuxDriver:
         if policy.isolation == ROOTED:
             # What is not to be seen is not there, and what may only be read is mounted so.
             everything = [["/", "rwxsi"]]
-            ports = _ports(policy.network, net)
+            # Whatever the program binds or connects, it asks the shim to: see `netgate`.
+            ports = [] if self._opens_ports(policy) else _ports(policy.network, net)
             return {"system": [], "paths": everything, "ports": ports, "net": net, "own_proc": False}
         sockets = "s" if self._opens_sockets(policy.network) else ""
         return {
@@ -216,9 +250,10 @@ class LinuxDriver:
 
     def _seccomp(self, policy: SandboxPolicy) -> dict[str, Any]:
         network = policy.network
+        ports = self._opens_ports(policy)
         inet = {
             Network.NONE: "none",
-            Network.LOCALHOST: "udp" if network.udp else "tcp",
+            Network.LOCALHOST: "udp" if network.udp or ports else "tcp",
             Network.OUTBOUND: "udp",
             Network.FULL: "any",
         }[network.level]
@@ -229,9 +264,10 @@ class LinuxDriver:
             ipc="ipc" in policy.groups,
             truncate=self._abi >= 3,
             gate=self._has_gate(network),
+            ports=ports,
         )._asdict()
-        # A launcher that is older than this worker does not know the word.
-        return {name: value for name, value in options.items() if name != "gate" or value}
+        # A launcher that is older than this worker does not know the words.
+        return {name: value for name, value in options.items() if name not in ("gate", "ports") or value}
 
 
 def _controllers() -> tuple[str, ...]:

@@ -16,7 +16,7 @@ landlock        {system: [[path, access], …], paths: [[path, access], …], po
                 own_proc}: access is letters of `landlock`; system paths may be missing; `net` are the
                 letters that are restricted at all; with `own_proc` the program may read its own part of
                 /proc
-seccomp         {inet, unix, fastopen, ipc, truncate, gate}, see `seccomp.Options`
+seccomp         {inet, unix, fastopen, ipc, truncate, gate, ports}, see `seccomp.Options`
 
 A plan may have a `root` beside its steps (see `rooted`): then `enter` comes first, and the rest is for the process
 that it returns in. `prepare` works out the calls of a plan, `apply` makes them in the child; a failing step raises
@@ -29,9 +29,12 @@ import resource
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from . import cgroups, landlock, privileges, rooted, seccomp, system
+from . import cgroups, landlock, privileges, relay, rooted, seccomp, system
 from .gate import Gate
 from .libc import O_PATH, prctl
+from .netgate import NetGate, Outside
+from .netrules import Ports
+from .notify import Listener
 
 PLAN_VERSION = 1
 
@@ -203,9 +206,30 @@ def open_groups(name: str) -> cgroups.Cgroups | None:
     return cgroups.Cgroups.open(place.base, name)
 
 
-def open_gate(listener: int, path: bytes) -> Gate:
-    """Who answers a listener, for programs that may connect to the socket `path` and no other."""
-    return Gate(listener, path)
+def questions(plan: dict[str, Any], joined: bool) -> tuple[list[int], bytes]:
+    """What `open_gate` needs beside the listener: descriptors and words. To be called where `apply` gave a listener,
+    in the same process; `joined` in one that has joined a container. OSError.
+    """
+    path = os.fsencode(plan.get("gate", ""))
+    if "ports" not in plan:
+        return [], path
+    ports = Ports.of_plan(plan["ports"])
+    wanted = 0 if joined else len(ports.udp_connect) + bool(ports.udp_bind)
+    return relay.sockets(wanted), path + b"\0" + ports.packed()
+
+
+def open_gate(descriptors: Sequence[int], words: bytes, first: Any = None) -> Gate | NetGate:
+    """Who answers a listener, the first of the descriptors, for programs that may ask what `words` say.
+
+    The rest of them, and the words, are those of `questions`; `first` is the first gate of the same container.
+    """
+    listener = Listener(descriptors[0])
+    path, separated, packed = words.partition(b"\0")
+    api = Gate(listener, path) if path else None
+    if not separated:
+        return Gate(listener, path)
+    outside = first.outside if isinstance(first, NetGate) else Outside(Ports.unpack(packed))
+    return NetGate(listener, outside, api, descriptors[1:])
 
 
 def hold_process(pid: int) -> int:
@@ -238,7 +262,7 @@ def _calls(name: str, argument: Any) -> list[Call]:
         machine = _machine(name)
         options = seccomp.Options(**argument)
         program = seccomp.program(seccomp.assemble(options, machine))
-        return [Call(name, seccomp.install, (program, machine, options.gate and not options.unix))]
+        return [Call(name, seccomp.install, (program, machine, options.asks))]
     raise EnforceError(name, 0, "not a step that this launcher knows")
 
 

@@ -10,13 +10,17 @@ FILES = Feature.FILES
 _TCP_ONLY = "Landlock here knows TCP only: UDP, where a level has it, goes to and from any port"
 _NO_FILTER = "this kernel takes no system-call filter"
 _NO_LANDLOCK = "this kernel has no Landlock"
+_NOT_IN_NAMESPACES = {
+    Feature.NETWORK_NONE: f"{_NO_FILTER}: a socket to the machine's own host (vsock) is in no namespace",
+    Feature.IPC: f"{_NO_FILTER}: keys of the user are in no namespace",
+}
 
 
 def of_machine(
-    abi: int, has_filter: bool, *, rooted: bool, controllers: tuple[str, ...]
+    abi: int, has_filter: bool, *, rooted: bool, ports: bool, controllers: tuple[str, ...]
 ) -> list[NotEnforced]:
-    """Everything that falls short at some setting. `rooted`: there is isolation `rootfs` too; `controllers` are
-    those of control groups.
+    """Everything that falls short at some setting. `rooted`: there is isolation `rootfs` too, and with `ports` a
+    network of its own for the level `localhost` there; `controllers` are those of control groups.
     """
     found = _always(abi, has_filter, controllers)
     if has_filter:
@@ -35,8 +39,14 @@ def of_machine(
     listed = _listed(found | shared, "process")
     if rooted:
         inside = _in_any_root(controllers)
+        if not has_filter:
+            inside |= _NOT_IN_NAMESPACES
         if abi < 6:
-            inside[Feature.ABSTRACT_SOCKETS] = f"open at every level but none: {_older(abi, 6)}"
+            closed = "none and localhost" if ports else "none"
+            inside[Feature.ABSTRACT_SOCKETS] = f"open at every level but {closed}: {_older(abi, 6)}"
+        if ports:
+            del shared[Feature.NETWORK_LOCALHOST]
+            shared[Feature.NETWORK_UDP] = f"at the level outbound only: {_TCP_ONLY}"
         listed += _listed(inside | shared, ROOTED)
     return listed
 
@@ -47,12 +57,15 @@ def of_policy(
     has_filter: bool,
     *,
     opens_sockets: bool,
+    ports: bool,
     controllers: tuple[str, ...],
 ) -> list[NotEnforced]:
-    """What falls short for this very policy. `opens_sockets`: a granted unix socket opens them all."""
+    """What falls short for this very policy. `opens_sockets`: a granted unix socket opens them all. `ports`: it has
+    a network of its own, with granted ports of the host.
+    """
     network = policy.network
     if policy.isolation == ROOTED:
-        return _listed(_in_root(policy, abi, has_filter, controllers), ROOTED)
+        return _listed(_in_root(policy, abi, has_filter, ports, controllers), ROOTED)
     found = _always(abi, has_filter, controllers)
     if has_filter and opens_sockets:
         found[Feature.UNIX_SOCKETS] = (
@@ -72,11 +85,18 @@ def of_policy(
 
 
 def _in_root(
-    policy: SandboxPolicy, abi: int, has_filter: bool, controllers: tuple[str, ...]
+    policy: SandboxPolicy, abi: int, has_filter: bool, ports: bool, controllers: tuple[str, ...]
 ) -> dict[Feature, str]:
     """For a container with a root of its own: files, processes, signals and IPC end at its namespaces."""
     network = policy.network
     found = _in_any_root(controllers)
+    sized = [volume for volume in policy.volumes if volume.size_bytes is not None]
+    if sized and all(volume.kind == "tmpfs" for volume in sized):
+        del found[Feature.VOLUME_SIZE]
+    if not has_filter:
+        found |= _NOT_IN_NAMESPACES
+    if ports:
+        return found
     if network.level is not Network.NONE and abi < 6 and (network.unix_sockets or not has_filter):
         found[Feature.ABSTRACT_SOCKETS] = _older(abi, 6)
     if network.level is Network.LOCALHOST:
@@ -132,7 +152,7 @@ def _always(abi: int, has_filter: bool, controllers: tuple[str, ...]) -> dict[Fe
         found[Feature.SIGNALS] = f"programs may signal all processes of the worker's user: {_older(abi, 6)}"
     found[Feature.PROCESSES] = (
         "other processes' command lines, environment and memory are closed, but not that they exist, nor "
-        "their priority and affinity where the user is the same"
+        "their priority and affinity where the user is the same, nor which connections the host has"
         if abi
         else f"{_NO_LANDLOCK}: all that /proc tells is open"
     )

@@ -17,52 +17,21 @@ The API sees the shim as its peer (SO_PEERCRED), not the program: it is to go by
 that end without a word, of programs that look for another socket (glibc looks for nscd's).
 """
 
-import ctypes
 import errno
-import fcntl
 import os
-import re
 import socket
 import struct
 import time
 from typing import NamedTuple
 
-from . import seccomp
-from .libc import syscall
-from .syscall_table import NUMBERS
+from .notify import Listener, Notice, number_of
 
-# linux/seccomp.h: struct seccomp_notif (with seccomp_data), seccomp_notif_resp, seccomp_notif_addfd.
-_NOTICE = struct.Struct("=QII iIQ6Q")
-_ANSWER = struct.Struct("=QqiI")
-_ADD = struct.Struct("=QIIII")
-_RECEIVE, _SEND, _ADD_DESCRIPTOR = 0xC0502100, 0xC0182101, 0x40182103
-_GO_ON = 1
-_ADD_AND_ANSWER = 2
-_GET_SIZES = 3
-
-# The first kernel where a call that was heard of is not given up for a signal; adding a descriptor and answering in
-# one step is older.
-_NEEDED = (5, 19)
 _ADDRESS_BYTES = 110  # struct sockaddr_un
 _MOST_MADE = 1024
 # A full queue of the API's is waited for, as the kernel would, but not for ever: the wait is in socket(), where a
 # program does not look for it.
 _PATIENCE_S = 5.0
 _PAUSE_MS = 5
-
-
-def supported() -> bool:
-    """Whether the kernel can hand calls over. False also where no filter is known for the machine."""
-    found = re.match(r"(\d+)\.(\d+)", os.uname().release)
-    machine = seccomp.machine()
-    if machine is None or found is None or (int(found[1]), int(found[2])) < _NEEDED:
-        return False
-    sizes = (ctypes.c_uint16 * 3)()
-    try:
-        syscall(_number("seccomp", machine), _GET_SIZES, 0, ctypes.byref(sizes))
-    except OSError:
-        return False
-    return (sizes[0], sizes[1]) == (_NOTICE.size, _ANSWER.size)
 
 
 class Waiting(NamedTuple):
@@ -76,32 +45,34 @@ class Waiting(NamedTuple):
 class Gate:
     """Answers the calls of all programs under one filter. `path` is the API's socket, absolute and normal."""
 
-    def __init__(self, listener: int, path: bytes) -> None:
+    ended = False  # by itself: whoever polls the listener sees it
+
+    def __init__(self, listener: Listener, path: bytes) -> None:
         self._listener = listener
         self._path = path
-        machine = seccomp.machine()
-        self._connect = None if machine is None else _number("connect", machine)
+        self._connect = number_of("connect")
         # Sockets put into programs and not connected by them yet: inode, and the errno that connect is to give.
         self._made: dict[int, int] = {}
         self._waiting: list[Waiting] = []
 
+    def fileno(self) -> int:
+        return self._listener.fd
+
     def serve(self) -> None:
         """Answer the one call that the listener is readable for."""
-        notice = bytearray(_NOTICE.size)
-        try:
-            fcntl.ioctl(self._listener, _RECEIVE, notice)
-        except OSError as failure:
-            if failure.errno in (errno.ENOENT, errno.EINTR):  # whoever called is gone
-                return
-            raise
-        call, pid, _, number, _, _, first, second, third, *_ = _NOTICE.unpack(notice)
+        notice = self._listener.receive()
+        if notice is not None:  # else whoever called is gone
+            self.answer(notice)
+
+    def answer(self, notice: Notice) -> None:
+        call, pid, number, (first, second, third, *_) = notice
         try:
             if number == self._connect:
                 self._connects(call, pid, first, second, third)
             else:
                 self._makes(call, second, third)
         except OSError as failure:
-            self._answer(call, failure.errno or errno.EACCES)
+            self._listener.answer(call, failure.errno or errno.EACCES)
 
     def retry(self) -> int | None:
         """Try again for those who wait for a place in the API's queue, in their order.
@@ -114,12 +85,12 @@ class Gate:
                 if not self._put(first.call, first.kind, last=time.monotonic() >= first.deadline):
                     return _PAUSE_MS
             except OSError as failure:
-                self._answer(first.call, failure.errno or errno.EACCES)
+                self._listener.answer(first.call, failure.errno or errno.EACCES)
             del self._waiting[0]
         return None
 
     def close(self) -> None:
-        os.close(self._listener)
+        self._listener.close()
 
     def _makes(self, call: int, kind: int, protocol: int) -> None:
         if protocol & 0xFFFFFFFF not in (0, socket.AF_UNIX):
@@ -137,11 +108,8 @@ class Gate:
             if error == errno.EAGAIN and not kind & os.O_NONBLOCK:
                 error = errno.ECONNREFUSED
             os.set_blocking(made.fileno(), not kind & os.O_NONBLOCK)
-            cloexec = os.O_CLOEXEC if kind & os.O_CLOEXEC else 0
             inode = os.fstat(made.fileno()).st_ino
-            fcntl.ioctl(
-                self._listener, _ADD_DESCRIPTOR, _ADD.pack(call, _ADD_AND_ANSWER, made.fileno(), 0, cloexec)
-            )
+            self._listener.give(call, made.fileno(), cloexec=bool(kind & os.O_CLOEXEC))
         if len(self._made) >= _MOST_MADE:
             del self._made[next(iter(self._made))]
         self._made[inode] = error
@@ -166,10 +134,10 @@ class Gate:
         inode = _inode(pid, descriptor & 0xFFFFFFFF)
         error = self._made.get(inode)
         if error is None:
-            self._send(_ANSWER.pack(call, 0, 0, _GO_ON))
+            self._listener.go_on(call)
         elif not self._is_path(pid, address, length & 0xFFFFFFFF):
-            self._answer(call, errno.EACCES)
-        elif self._answer(call, error) and not error:
+            self._listener.answer(call, errno.EACCES)
+        elif self._listener.answer(call, error) and not error:
             del self._made[inode]  # once answered: an interrupted call is made again
 
     def _is_path(self, pid: int, address: int, length: int) -> bool:
@@ -187,23 +155,6 @@ class Gate:
         if raw[:2] != struct.pack("=H", socket.AF_UNIX):
             return False
         return os.path.normpath(raw[2:].partition(b"\0")[0]) == self._path
-
-    def _answer(self, call: int, error: int) -> bool:
-        return self._send(_ANSWER.pack(call, 0, -error, 0))
-
-    def _send(self, answer: bytes) -> bool:
-        """False when the caller does not wait any more: killed, or interrupted by a signal."""
-        try:
-            fcntl.ioctl(self._listener, _SEND, answer)
-        except OSError as failure:
-            if failure.errno not in (errno.ENOENT, errno.EINTR):
-                raise
-            return False
-        return True
-
-
-def _number(call: str, machine: str) -> int:
-    return NUMBERS[call][list(seccomp.AUDIT_ARCH).index(machine)] or 0
 
 
 def _inode(pid: int, descriptor: int) -> int:

@@ -6,7 +6,8 @@ Facts are those of open_tree(2), move_mount(2), fsopen(2), mount_setattr(2), piv
 
 Each mount is a list, its name first; targets are absolute paths inside the root, made when they are missing:
 
-bind     target source access        the same file or folder; access `ro`, `rw`, or `dev` for a device
+bind     target source access        the same file or folder; access `ro`, `rw`, `data` for `ro` and nothing to be
+                                     executed, or `dev` for a device
 fill     target source when          `ro`, where the image has nothing, or nothing in it; when `bare`: only in an image
                                      that has no system of its own, and there also below its folders
 tmpfs    target bytes mode access    empty and its own; bytes 0: as the kernel thinks; access `rw` or `exec`
@@ -40,7 +41,12 @@ _SET_FLAG, _SET_STRING, _CREATE = 0, 1, 6
 _RESOLVE_NO_MAGICLINKS, _RESOLVE_IN_ROOT = 0x02, 0x10
 
 RDONLY, NOSUID, NODEV, NOEXEC = 1, 2, 4, 8
-_ATTRIBUTES = {"ro": RDONLY | NOSUID | NODEV, "rw": NOSUID | NODEV, "dev": NOSUID | NOEXEC}
+_ATTRIBUTES = {
+    "data": RDONLY | NOSUID | NODEV | NOEXEC,
+    "ro": RDONLY | NOSUID | NODEV,
+    "rw": NOSUID | NODEV,
+    "dev": NOSUID | NOEXEC,
+}
 _TMPFS = {"rw": NOSUID | NODEV | NOEXEC, "exec": NOSUID | NODEV}
 
 # An image with one of these can run programs by itself.

@@ -46,14 +46,14 @@ def empty_bounding_set(*, keep_over_exec: bool = False) -> None:
 
 
 def become(uid: int, gid: int, lock_bits: bool) -> None:
-    """Be this user, with this group and no other, for good.
+    """Be this user, with this group and no other, for good: with the capability, setuid(2) leaves no id behind.
 
     The capabilities go later, with `drop_capabilities`: it needs them itself, so that they outlast the change.
     """
     if lock_bits:
         prctl(_PR_SET_SECUREBITS, _SECUREBITS)
-    os.setresgid(gid, gid, gid)
-    os.setresuid(uid, uid, uid)
+    os.setgid(gid)
+    os.setuid(uid)
 
 
 def own_output(uid: int, gid: int) -> None:

@@ -28,9 +28,11 @@ def make_root(
     system: Iterable[SystemPath],
     links: Mapping[str, str],
     user: tuple[int, int] | None,
+    net: bool = False,
     gated: str | None = None,
 ) -> dict[str, Any]:
-    """The `root` of a plan. `system` and `links` are the host's; `user` needs a user namespace.
+    """The `root` of a plan. `system` and `links` are the host's; `user` needs a user namespace. With `net` it has a
+    network of its own, as always at the level `none`.
 
     The socket `gated` is reached from outside (see `gate`): it need not be in here, nor anywhere yet.
     """
@@ -53,7 +55,7 @@ def make_root(
             wanted.append(["bind", volume.target, volume.source, "ro" if volume.readonly else "rw"])
     return {
         "user": None if user is None else list(user),
-        "net": policy.network.level is Network.NONE,
+        "net": net or policy.network.level is Network.NONE,
         "hostname": policy.container,
         "path": policy.rootfs,
         "mounts": wanted,
@@ -71,7 +73,7 @@ def shows_system(rootfs: str) -> bool:
 
 def _granted(rule: PathRule) -> list[Any]:
     if rule.origin == "host_api":
-        return ["bind", ROOTED_API, rule.path, "ro"]
+        return ["bind", ROOTED_API, rule.path, "data"]
     if rule.origin == "device":
         return ["bind", rule.path, rule.path, "dev"]
-    return ["bind", rule.path, rule.path, "rw" if "w" in rule.access else "ro"]
+    return ["bind", rule.path, rule.path, "data" if rule.access == "r" else "rw" if "w" in rule.access else "ro"]

@@ -35,7 +35,9 @@ _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _MODE_FILTER = 38, 22, 2
 _UNIX, _INET, _INET6, _NETLINK = 1, 2, 10, 16
 _STREAM, _DGRAM, _SEQPACKET, _TYPE_MASK = 1, 2, 5, 0xF
 _TCP, _UDP = 6, 17
+_TCP_ULP = 31
 _MSG_FASTOPEN = 0x20000000
+_SET_LEASE = 1024
 _NEW_NAMESPACES = 0x7E020000  # NEWNS, NEWCGROUP, NEWUTS, NEWIPC, NEWUSER, NEWPID, NEWNET
 _NEW_TIME = 0x80  # clone(2) has its exit signal in these bits; only unshare and clone3 can ask for it
 _SETID_BITS = 0o6000
@@ -74,7 +76,7 @@ class Options(NamedTuple):
     `fastopen`: TCP connections may be opened by sending, which Landlock does not see. `ipc`: System V
     semaphores, shared memory and message queues, and POSIX message queues. `truncate`: truncate(2), which
     Landlock before ABI 3 lets pass. `gate`: unix sockets come from the container's shim; without effect where
-    they are granted all.
+    they are granted all. `ports`: granted ports are made real in the host's network, see `netgate`.
     """
 
     inet: str = "none"
@@ -83,15 +85,23 @@ class Options(NamedTuple):
     ipc: bool = False
     truncate: bool = True
     gate: bool = False
+    ports: bool = False
+
+    @property
+    def asks(self) -> bool:
+        """Whether the filter has a listener."""
+        return self.ports or (self.gate and not self.unix)
 
 
-# Those of `none`, `localhost` without and with an endpoint for UDP, `outbound` and `full`; each with a host API.
+# Those of `none`, `localhost` without and with an endpoint for UDP, `outbound` and `full`, and `localhost` with a network
+# of its own; each with a host API.
 _LEVELS = (
     Options(),
     Options(inet="tcp"),
     Options(inet="udp"),
     Options(inet="udp", fastopen=True),
     Options(inet="any", fastopen=True),
+    Options(inet="udp", ports=True),
 )
 USUAL = (*_LEVELS, *(level._replace(gate=True) for level in _LEVELS))
 
@@ -144,6 +154,7 @@ ALWAYS: tuple[Rule, ...] = (
     _allow("personality", "asks only", Check(0, _ANY, 0xFFFFFFFF)),
     _allow("personality", "PER_LINUX, also with PER_LINUX32 and UNAME26", Check(0, _ANY & ~0x20008, 0)),
     _refuse("personality", "switches protections off, such as address randomisation"),
+    _refuse("fcntl", "a lease stops whoever opens the file", Check(1, _ANY, _SET_LEASE), code=errno.EACCES),
     _refuse("ioctl", "TIOCSTI types into a terminal", Check(1, _ANY, 0x5412)),
     _refuse("ioctl", "TIOCLINUX pastes into a console", Check(1, _ANY, 0x541C)),
     # A program of root's makes a set-user-ID file for whoever may reach it on the host.
@@ -171,22 +182,35 @@ _IPC = _refuse(
 )
 
 
-_GATE = (
-    Rule("connect", ASK, "to the host API, or on in the kernel: no unix socket here is unconnected"),
+_GATE = (Rule("connect", ASK, "to the host API, or on in the kernel: no unix socket here is unconnected"),)
+_PORTS = (
+    Rule("connect bind listen", ASK, "granted ports are the host's, others the container's own"),
+    Rule("epoll_create epoll_create1", ASK, "is told only: sockets that are replaced may be in there"),
     _refuse(
-        "seccomp",
-        "the shim's listener stays the only one",
-        Check(0, _ANY, _SET_MODE_FILTER),
-        Check(1, _NEW_LISTENER, _NEW_LISTENER),
+        "setsockopt",
+        "TCP_ULP makes sockets that Landlock does not know",
+        Check(1, _ANY, _TCP),
+        Check(2, _ANY, _TCP_ULP),
+        code=errno.ENOENT,
     ),
+)
+_ONE_LISTENER = _refuse(
+    "seccomp",
+    "the shim's listener stays the only one",
+    Check(0, _ANY, _SET_MODE_FILTER),
+    Check(1, _NEW_LISTENER, _NEW_LISTENER),
 )
 
 
 def rules(options: Options) -> tuple[Rule, ...]:
     """The whole filter of one container."""
     chosen = [*ALWAYS, *_socket_rules(options)]
-    if options.gate and not options.unix:
+    if options.ports:
+        chosen += _PORTS
+    elif options.asks:
         chosen += _GATE
+    if options.asks:
+        chosen.append(_ONE_LISTENER)
     if not options.ipc:
         chosen.append(_IPC)
     if not options.fastopen:

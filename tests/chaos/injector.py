@@ -1,0 +1,355 @@
+"""Does to the processes of a run what `faults` planned, and tells the history what that may have cost."""
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from .entry import write_knobs
+from .history import COMMANDS, EVENTS, LOGS, History, Loss
+from .plan import Action
+from .reader import Reader
+from .world import ChaosWorker, World
+
+STREAMS = (EVENTS, LOGS, COMMANDS)
+API_S = 5.0
+PATIENCE_S = 30.0
+POLL_S = 0.02
+REFUSED = 4  # the exit code of a worker that may not run here
+
+
+class Injector:
+    """`now` gives the seconds since the run began; `nc` is a connection straight to the server; `poke` has the
+    node publish something.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        reader: Reader,
+        history: History,
+        nc: Any,
+        now: Callable[[], float],
+        poke: Callable[[], Awaitable[None]],
+    ) -> None:
+        self._world = world
+        self._reader = reader
+        self._history = history
+        self._nc = nc
+        self._now = now
+        self._poke = poke
+        self._copy: Path | None = None
+
+    async def do(self, action: Action) -> None:
+        act: Callable[..., Awaitable[None]] = getattr(self, f"do_{action.kind}")
+        await act(**action.args)
+
+    async def heal(self) -> None:
+        """Everything runs again, unhindered."""
+        world = self._world
+        world.link.heal()
+        write_knobs(world.worker.knobs)
+        async with world.server_lock, world.worker_lock:
+            if world.server.process is None:
+                await asyncio.to_thread(world.server.start)
+            if not world.worker.running:
+                world.worker.start()
+
+    async def watch(self) -> None:
+        """A worker that ends by itself is a fault; it is started again."""
+        while True:
+            await asyncio.sleep(POLL_S * 5)
+            if self._world.worker_lock.locked():
+                continue
+            process = self._world.worker.process
+            if process is not None and process.poll() is not None:
+                self._history.faults.append(f"the worker ended by itself with {process.returncode}")
+                self._world.worker.start()
+
+    # -- processes
+
+    async def do_worker_kill(self, pause_s: float) -> None:
+        async with self._world.worker_lock:
+            await self._kill_worker()
+            await asyncio.sleep(pause_s)
+            self._world.worker.start()
+
+    async def _kill_worker(self) -> None:
+        if self._world.worker.process is not None:
+            await asyncio.to_thread(self._world.worker.kill)
+
+    async def do_worker_stop(self, hold_s: float) -> None:
+        async with self._world.worker_lock:
+            worker = self._world.worker
+            worker.signal(signal.SIGSTOP)
+            await asyncio.sleep(hold_s)
+            worker.signal(signal.SIGCONT)
+
+    async def do_launcher_kill(self) -> None:
+        self._signal_launcher(signal.SIGKILL)
+
+    async def do_launcher_stop(self, hold_s: float) -> None:
+        pid = self._signal_launcher(signal.SIGSTOP)
+        await asyncio.sleep(hold_s)
+        if pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+    def _signal_launcher(self, number: int) -> int | None:
+        pid = self._world.worker.launcher_pid()
+        if pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+        return pid
+
+    async def do_both_kill(self, pause_s: float) -> None:
+        async with self._world.worker_lock:
+            launcher = self._world.worker.launcher_pid()
+            await self._kill_worker()
+            if launcher is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(launcher, signal.SIGKILL)
+            await asyncio.sleep(pause_s)
+            self._world.worker.start()
+
+    async def do_server_kill(self, pause_s: float) -> None:
+        async with self._world.server_lock:
+            await asyncio.to_thread(self._world.server.kill)
+            await asyncio.sleep(pause_s)
+            await asyncio.to_thread(self._world.server.start)
+
+    async def do_server_stop(self, hold_s: float) -> None:
+        async with self._world.server_lock:
+            process = self._world.server.process
+            assert process is not None
+            process.send_signal(signal.SIGSTOP)
+            await asyncio.sleep(hold_s)
+            process.send_signal(signal.SIGCONT)
+
+    # -- the link
+
+    async def do_link_cut(self) -> None:
+        await self._world.link.cut()
+
+    async def do_link_delay(self, delay_s: float, hold_s: float) -> None:
+        self._world.link.delay_s = delay_s
+        await asyncio.sleep(hold_s)
+        self._world.link.delay_s = 0.0
+
+    async def do_link_half_open(self, way: str, then: str, hold_s: float) -> None:
+        self._world.link.hold(*(("up", "down") if way == "both" else (way,)))
+        await asyncio.sleep(hold_s)
+        if then == "cut":
+            await self._world.link.cut()
+        self._world.link.hold()
+
+    async def do_link_throttle(self, bytes_per_s: int, hold_s: float) -> None:
+        self._world.link.bytes_per_s = bytes_per_s
+        await asyncio.sleep(hold_s)
+        self._world.link.bytes_per_s = 0
+
+    # -- disk and clock
+
+    async def do_disk_full(self, hold_s: float) -> None:
+        """Only where the node's disk is one of the run's own (`World.private`)."""
+        filler = self._world.disk / "filler"
+        try:
+            await asyncio.to_thread(_fill, filler)
+            await asyncio.sleep(hold_s)
+        finally:
+            filler.unlink(missing_ok=True)
+
+    async def do_slow_fsync(self, commit_ms: int, hold_s: float) -> None:
+        write_knobs(self._world.worker.knobs, commit_ms=commit_ms)
+        await asyncio.sleep(hold_s)
+        write_knobs(self._world.worker.knobs)
+
+    async def do_clock_jump(self, by_s: float, hold_s: float) -> None:
+        write_knobs(self._world.worker.knobs, clock_s=by_s)
+        await asyncio.sleep(hold_s)
+        write_knobs(self._world.worker.knobs)
+
+    # -- streams
+
+    async def _api(self, call: str, request: dict[str, Any] | None = None) -> dict[str, Any]:
+        """JetStream's API, asked until it answers."""
+        deadline = time.monotonic() + PATIENCE_S
+        while True:
+            with contextlib.suppress(Exception):
+                body = json.dumps(request).encode() if request is not None else b""
+                answer = await self._nc.request(f"$JS.API.{call}", body, timeout=API_S)
+                return dict(json.loads(answer.data))
+            if time.monotonic() > deadline:
+                raise AssertionError(f"{call} was not answered")
+            await asyncio.sleep(0.1)
+
+    async def _state(self, stream: str) -> dict[str, Any]:
+        return dict((await self._api(f"STREAM.INFO.{stream}"))["state"])
+
+    async def do_purge(self, stream: str) -> None:
+        async with self._world.server_lock:
+            generation = self._reader.generation.get(stream, 1)
+            await self._api(f"STREAM.PURGE.{stream}")
+            upto = (await self._state(stream))["first_seq"] - 1
+        self._lose("purged", stream, generation, upto=upto)
+
+    async def do_make_anew(self, stream: str, pause_s: float) -> None:
+        async with self._world.server_lock:
+            config = (await self._api(f"STREAM.INFO.{stream}"))["config"]
+            async with self._between_generations(stream):
+                await self._api(f"STREAM.DELETE.{stream}")
+                await asyncio.sleep(pause_s)
+                await self._api(f"STREAM.CREATE.{stream}", config)
+            self._lose("made anew", stream, self._reader.generation.get(stream, 1))
+
+    async def do_copy(self) -> None:
+        """Keep a copy of the server's store, as a crash at this moment would leave it."""
+        world = self._world
+        copy = world.folder / "copy"
+        async with world.server_lock:
+            await asyncio.to_thread(world.server.kill)
+            shutil.rmtree(copy, ignore_errors=True)
+            await asyncio.to_thread(shutil.copytree, world.server.folder, copy)
+            await asyncio.to_thread(world.server.start)
+        self._copy = copy
+
+    async def do_put_back(self, pause_s: float) -> None:
+        """The server goes on from the copy: what it stored since is gone."""
+        world = self._world
+        if self._copy is None:
+            return
+        async with (
+            world.server_lock,
+            self._reader.new_generation(EVENTS, LOGS),
+            world.link.away(),
+        ):
+            await asyncio.to_thread(world.server.kill)
+            shutil.rmtree(world.server.folder)
+            await asyncio.to_thread(shutil.copytree, self._copy, world.server.folder)
+            await asyncio.sleep(pause_s)
+            await asyncio.to_thread(world.server.start)
+            for stream in STREAMS:
+                state = await self._state(stream)
+                generation = self._reader.generation.get(stream, 0) + 1
+                upto, unread = state["last_seq"], state["first_seq"] - 1
+                self._lose("put back", stream, generation, upto=upto, unread=unread)
+
+    # -- others under the same name
+
+    async def do_second_worker(self, data: str) -> None:
+        """It must find out that it may not run, publish nothing, and end."""
+        world = self._world
+        async with world.server_lock, world.worker_lock:
+            if not await self._answers() or not (await self._state(EVENTS))["messages"]:
+                return  # nothing there that could tell it
+            number = len(world.others)
+            folder = world.disk / f"second-{number}"
+            if data == "copied":
+                await asyncio.to_thread(_copy_journal, world.worker.data, folder)
+                await self._poke()
+            second = world.another(f"second-{number}", world.worker.data if data == "same" else folder)
+            second.start()
+            code = await self._end_of(second)
+            if code != REFUSED:
+                self._history.faults.append(f"a second worker ({data} data) ended with {code}")
+            if data != "same":
+                await self._end_launcher(second)
+
+    async def do_usurp(self, hold_s: float) -> None:
+        """Another one takes the name over; the first is fenced. Later the other is lost, and the first
+        takes the name back.
+        """
+        world, worker = self._world, self._world.worker
+        async with world.server_lock, world.worker_lock:
+            if not await self._answers():
+                return
+            number = len(world.others)
+            usurper = world.another(f"usurper-{number}", world.disk / f"usurper-{number}")
+            epochs = {event["epoch"] for event in self._reader.events}
+            usurper.start("--takeover")
+            doomed = await self._new_epoch(epochs)
+            if doomed is None:
+                self._history.faults.append("a takeover was not completed")
+                return
+            self._history.takeovers += 1
+            self._history.doomed.append(doomed)
+            code = await self._end_of(worker)
+            if code != REFUSED:
+                self._history.faults.append(f"the worker whose name was taken ended with {code}")
+            await asyncio.sleep(hold_s)
+            await asyncio.to_thread(usurper.terminate)
+            await self._end_launcher(usurper)
+            worker.start("--takeover")
+            if await self._new_epoch({*epochs, doomed}) is None:
+                self._history.faults.append("the name was not taken back")
+            self._history.takeovers += 1
+
+    async def _answers(self) -> bool:
+        """Whether the node is there."""
+        with contextlib.suppress(Exception):
+            subject = f"{self._history.prefix}.rpc.{self._history.node}.info"
+            await self._nc.request(subject, b"{}", timeout=API_S)
+            return self._world.worker.running
+        return False
+
+    async def _new_epoch(self, known: set[str]) -> str | None:
+        deadline = time.monotonic() + PATIENCE_S
+        while time.monotonic() < deadline:
+            for event in self._reader.events:
+                if event["epoch"] not in known and event["type"] == "node_changed":
+                    return str(event["epoch"])
+            await asyncio.sleep(POLL_S)
+        return None
+
+    async def _end_of(self, worker: ChaosWorker) -> int | None:
+        """The exit code of a worker that must end by itself; None when it does not."""
+        process = worker.process
+        assert process is not None
+        deadline = time.monotonic() + PATIENCE_S
+        while process.poll() is None:
+            if time.monotonic() > deadline:
+                await asyncio.to_thread(worker.kill)
+                return None
+            await asyncio.sleep(POLL_S)
+        worker.process = None
+        return process.returncode
+
+    async def _end_launcher(self, worker: ChaosWorker) -> None:
+        pid = worker.launcher_pid()
+        if pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+
+    def _between_generations(self, stream: str) -> Any:
+        if stream == COMMANDS:
+            return contextlib.nullcontext()
+        return self._reader.new_generation(stream)
+
+    def _lose(self, what: Any, stream: str, generation: int, *, upto: int = 0, unread: int = 0) -> None:
+        self._history.losses.append(
+            Loss(what=what, stream=stream, at=self._now(), generation=generation, upto=upto, unread=unread)
+        )
+
+
+def _copy_journal(data: Path, to: Path) -> None:
+    """What a careless administrator copies: everything but the containers and the launcher's own files."""
+    to.mkdir(mode=0o700)
+    for path in data.iterdir():
+        if path.is_file() and not path.name.startswith("launcher"):
+            shutil.copy2(path, to / path.name)
+
+
+def _fill(path: Path) -> None:
+    """Write until the disk takes no more."""
+    with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(1 << 20))
+    with path.open("ab", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(512))

@@ -1,0 +1,216 @@
+"""Every command that the stream took is answered once, and as the contract says."""
+
+import hashlib
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from datetime import datetime, timedelta
+from typing import Any
+
+from .history import COMMANDS, History, Published, Violation
+from .judge_events import Events, Told
+
+CODES = frozenset(
+    {
+        "invalid_command", "invalid_spec", "not_found", "conflict", "create_failed", "start_failed",
+        "pull_failed", "policy_denied", "unsupported", "resource_exhausted", "deadline_exceeded",
+        "interrupted", "unavailable", "configuration", "internal",
+    }
+)  # fmt: skip
+RAN = frozenset({"running", "stopping", "exited"})
+# The state in which a command that went well may leave its container ("removed" stands for none at all).
+AFTER = {
+    "create": frozenset({"pending"}),
+    "start": RAN,
+    "run": RAN,
+    "restart": RAN,
+    "stop": frozenset({"exited", "failed", "removed"}),  # none: it overtook a create, which left nothing
+    "remove": frozenset({"removed"}),
+}
+STOPPED_S = 10.0  # a process of the node may have stood still so long between looking at the clock and acting
+
+
+def check_commands(history: History, events: Events) -> Iterator[Violation]:
+    by_id: dict[str, list[Told]] = defaultdict(list)
+    rejected: Counter[tuple[str, str]] = Counter()
+    for told in events.told:
+        if told.event["type"] == "command_rejected":
+            rejected[told.event["subject"], told.event["sha256"]] += 1
+        if told.event["type"].startswith("command_") and told.event.get("command_id") is not None:
+            by_id[told.event["command_id"]].append(told)
+    sent: dict[str, list[Published]] = defaultdict(list)
+    for message in history.published:
+        if message.expect == "command" and message.id is not None:
+            sent[message.id].append(message)
+    yield from _check_rejections(history, rejected, sent, events.holes)
+    for command_id, messages in sent.items():
+        yield from _check_id(history, command_id, messages, by_id.get(command_id, []), events)
+    malformed = {message.id for message in history.published if message.expect == "rejection"}
+    for command_id in by_id.keys() - sent.keys() - malformed:
+        yield Violation("answer to nothing", f"{by_id[command_id][0]} to {command_id}, which nobody sent")
+    for told in events.told:
+        if told.event["type"] == "command_completed":
+            yield from _check_completion(told)
+    yield from _check_effects(sent, events)
+
+
+def _must_answer(history: History, message: Published) -> bool:
+    """The stream took it and was not robbed of it."""
+    lost = any(loss.at >= message.sent_at for loss in history.lost(COMMANDS))
+    return message.outcome == "stored" and not lost
+
+
+def _check_rejections(
+    history: History,
+    rejected: Counter[tuple[str, str]],
+    sent: dict[str, list[Published]],
+    holes: bool,
+) -> Iterator[Violation]:
+    """One rejection for each message that can only be rejected, none for nothing."""
+    least: Counter[tuple[str, str]] = Counter()
+    most: Counter[tuple[str, str]] = Counter()
+    for message in history.published:
+        key = message.subject[:1024], hashlib.sha256(message.body).hexdigest()
+        if message.expect == "rejection":
+            least[key] += _must_answer(history, message)
+            most[key] += message.outcome != "refused"
+        elif len({m.variant for m in sent[message.id or ""]}) > 1:
+            most[key] += message.outcome != "refused"  # one of two bodies under one id: see `_check_id`
+    for key in rejected.keys() | least.keys():
+        if rejected[key] < least[key] and not holes:
+            yield Violation("no rejection", f"{rejected[key]} for {least[key]} messages on {key[0]}")
+        if rejected[key] > most[key]:
+            yield Violation("rejected without reason", f"{rejected[key]} for {most[key]} on {key[0]}")
+
+
+def _check_id(
+    history: History, command_id: str, messages: list[Published], told: list[Told], events: Events
+) -> Iterator[Violation]:
+    accepted = [t for t in told if t.event["type"] == "command_accepted"]
+    completed = [t for t in told if t.event["type"] == "command_completed" and not t.event["duplicate"]]
+    duplicates = [t for t in told if t.event["type"] == "command_completed" and t.event["duplicate"]]
+    refusals = Counter(t.event["sha256"] for t in told if t.event["type"] == "command_rejected")
+    verb = messages[0].subject.rsplit(".", 1)[1]
+    name = f"{verb} {command_id}"
+    taken = [message for message in messages if message.outcome != "refused"]
+    certain = [message for message in taken if _must_answer(history, message)]
+    yield from _check_pair(history, name, accepted, completed, events.holes, command_id, bool(certain))
+    if accepted and not taken:
+        yield Violation("answer to nothing", f"{name} was refused by the stream and accepted all the same")
+    if duplicates:
+        if len(taken) < 2:
+            yield Violation("duplicate of nothing", f"{name} was sent once")
+        for told_again in duplicates:
+            yield from _check_duplicate(name, told_again, completed)
+    yield from _check_refusals(name, taken, certain, refusals, events.holes)
+
+
+def _check_pair(
+    history: History,
+    name: str,
+    accepted: list[Told],
+    completed: list[Told],
+    holes: bool,
+    command_id: str,
+    certain: bool,
+) -> Iterator[Violation]:
+    """One acceptance and one completion, in this order. A journal that was destroyed keeps no promise."""
+    kept_accepted = [t for t in accepted if t.place.epoch not in history.doomed]
+    kept_completed = [t for t in completed if t.place.epoch not in history.doomed]
+    answered = bool(kept_accepted) or (certain and not accepted)
+    if len(kept_accepted) > 1:
+        yield Violation("accepted twice", name)
+    if len(kept_completed) > 1:
+        yield Violation("completed twice", f"{name}: {[str(t) for t in kept_completed]}")
+    if not answered and not completed:
+        return
+    if answered and not kept_completed and not (holes and history.ledger.get(command_id) == "completed"):
+        yield Violation("no completion", f"{name} ({'accepted' if accepted else 'not even accepted'})")
+    if completed and not accepted and not holes:
+        yield Violation("completed without acceptance", name)
+    if kept_completed and kept_accepted and kept_completed[0].place < kept_accepted[0].place:
+        yield Violation("completed before acceptance", name)
+
+
+def _check_duplicate(name: str, told: Told, completed: list[Told]) -> Iterator[Violation]:
+    if told.status is not None:
+        yield Violation("duplicate differs", f"{name}: it carries a status")
+    if completed and not any(_answer(told.event) == _answer(first.event) for first in completed):
+        yield Violation("duplicate differs", f"{name}: {_answer(told.event)}")
+
+
+def _answer(event: dict[str, Any]) -> tuple[Any, ...]:
+    return event["ok"], event["error"], event["result"], event["command"]
+
+
+def _check_refusals(
+    name: str, taken: list[Published], certain: list[Published], refusals: Counter[str], holes: bool
+) -> Iterator[Violation]:
+    """Of several bodies under one id one is the command, every other message is rejected."""
+    variants = {message.variant for message in taken}
+    if len(variants) < 2:
+        if refusals:
+            yield Violation("rejected and accepted", f"{name} has one body and {refusals.total()} rejections")
+        return
+    for winner in variants:
+        least = Counter(_digest(m) for m in certain if m.variant != winner)
+        most = Counter(_digest(m) for m in taken if m.variant != winner)
+        if refusals <= most and (holes or least <= refusals):
+            return
+    yield Violation("wrong rejections", f"{name}: {len(variants)} bodies, rejected: {dict(refusals)}")
+
+
+def _digest(message: Published) -> str:
+    return hashlib.sha256(message.body).hexdigest()
+
+
+def _check_completion(told: Told) -> Iterator[Violation]:
+    """What a completion owes itself."""
+    event, status = told.event, told.status
+    ok, error, verb = event["ok"], event["error"], event["command"]
+    if ok is (error is not None):
+        yield Violation("wrong completion", f"{told}: ok {ok}, error {error}")
+    if error is not None and error.get("code") not in CODES:
+        yield Violation("unknown error code", f"{told}: {error}")
+    if error is not None and error.get("code") == "internal":
+        yield Violation("internal error", f"{told}: {error['message']}")
+    if not ok or event["duplicate"]:
+        return
+    if verb in ("create", "run") and event["result"] != {"instance": event.get("instance")}:
+        yield Violation("wrong completion", f"{told}: result {event['result']}")
+    allowed = AFTER.get(verb)
+    state = "removed" if status is None else status["state"]
+    if allowed is not None and state not in allowed:
+        yield Violation("wrong completion", f"{told}: {verb} went well and the container is {state}")
+
+
+def _check_effects(sent: dict[str, list[Published]], events: Events) -> Iterator[Violation]:
+    """`if_instance` and `deadline`: what a command may not have touched or begun."""
+    begun: set[str] = set()
+    for told in events.told:
+        event, status = told.event, told.status
+        if event["type"] != "state_changed" or event.get("command_id") not in sent or status is None:
+            continue
+        command_id = event["command_id"]
+        body = _body(sent[command_id])
+        wanted = body.get("if_instance")
+        replaces = body.get("type") in ("create", "run") and body.get("replace")
+        if (
+            wanted is not None
+            and status["instance"] != wanted
+            and not (replaces and status["state"] != "removed")
+        ):
+            yield Violation("wrong instance", f"{told} by {command_id}, which is for {wanted}")
+        if command_id not in begun and not told.after_hole and body.get("deadline") is not None:
+            deadline = datetime.fromisoformat(body["deadline"])
+            if datetime.fromisoformat(event["time"]) > deadline + timedelta(seconds=STOPPED_S):
+                yield Violation("begun too late", f"{told} by {command_id}, deadline {body['deadline']}")
+        begun.add(command_id)
+
+
+def _body(messages: list[Published]) -> dict[str, Any]:
+    """The command, where all of its messages agree."""
+    if len({message.variant for message in messages}) > 1:
+        return {}
+    body = json.loads(messages[0].body)
+    return body if isinstance(body, dict) else {}
