@@ -308,7 +308,6 @@ class Agent:
                 tasks.create_task(self.services.logs.run(), name="logs"),
                 tasks.create_task(self.sampler.run(), name="stats"),
                 tasks.create_task(self._renewer.run(), name="tokens"),
-                tasks.create_task(self._housekeeping(), name="housekeeping"),
                 tasks.create_task(LauncherRenewal(self.services).run(), name="launcher renewal"),
                 tasks.create_task(self._obey(setup, takeover, on_ready, stop), name="bus"),
             ]
@@ -370,6 +369,7 @@ class Agent:
                 self.sink.open(ChunkPublisher(bus))
                 await runtime.end_strangers()
                 recovered = await handler.recover()
+                tasks.create_task(self._keep_images(), name="images")
                 tasks.create_task(presence.run(), name="presence")
                 tasks.create_task(consumer.run(handler.handle), name="commands")
                 repeater = Repeater(bus, outbox, runtime, services.subjects)
@@ -407,8 +407,8 @@ class Agent:
             slots_used=self.runtime.live_count(),
         )
 
-    async def _housekeeping(self) -> None:
-        """Forget images that are too many."""
+    async def _keep_images(self) -> None:
+        """Find out how trees are best copied here, and forget images that are too many."""
         await self.services.in_thread(self.services.cloner.choose)
         while True:
             await evict(self.services)

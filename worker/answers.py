@@ -175,7 +175,7 @@ def _rulings(asked: Confinement, question: Question) -> Iterable[Ruling]:
         case PortQuestion(port=port, udp=udp):
             # libc looks names up over UDP.
             named = [asked.connect(53, udp=True)] if question.named else []
-            return [asked.connect(port, udp=udp), *named]
+            return [asked.connect(port, udp=udp, local=question.local), *named]
         case LookupQuestion():
             return [Ruling("deny", None, "Mach services are those of a Mac")]
         case GpuQuestion():

@@ -265,9 +265,7 @@ def _check_owner(path: Path, found: os.stat_result) -> None:
 
 def _tighten(path: Path, found: os.stat_result, mode: int, *, passed: bool = False) -> None:
     """`passed`: containers of other users get at their files through it (see `owners`), which opens nothing."""
-    if passed:
-        mode |= found.st_mode & 0o011
-    if stat.S_IMODE(found.st_mode) & 0o077 & ~mode:
+    if stat.S_IMODE(found.st_mode) & (0o066 if passed else 0o077):
         logger.warning(
             "{} was open to others (mode {:04o}), now {:04o}", path, stat.S_IMODE(found.st_mode), mode
         )

@@ -28,7 +28,7 @@ def seconds_left(record: ContainerRecord, now: datetime) -> float | None:
 
 
 class Expiry:
-    """Holds a timer for each finished container; `remove` is told that one is due.
+    """Holds a timer for each finished container; `remove` is told that one is due, once it has begun.
 
     `remove(cid, instance)` gives False when the container is busy, and is asked again.
     """
@@ -37,15 +37,25 @@ class Expiry:
         self._remove = remove
         self._clock = clock
         self._timers: dict[str, tuple[ContainerRecord, asyncio.TimerHandle]] = {}
+        self._waiting: dict[str, ContainerRecord | None] | None = {}
 
     def watch(self, cid: str, record: ContainerRecord | None) -> None:
         """Of every change of a container; None when it is gone. One that was started is spared."""
+        if self._waiting is not None:
+            self._waiting[cid] = record
+            return
         known = self._timers.pop(cid, None)
         if known is not None:
             known[1].cancel()
         left_s = None if record is None else seconds_left(record, self._clock())
         if record is not None and left_s is not None:
             self._set(cid, record, min(left_s, LONGEST_PAUSE_S))
+
+    def begin(self) -> None:
+        """From here on containers may be removed; not before the node is sure to be the owner of its name."""
+        waiting, self._waiting = self._waiting or {}, None
+        for cid, record in waiting.items():
+            self.watch(cid, record)
 
     def close(self) -> None:
         for _, timer in self._timers.values():

@@ -82,8 +82,7 @@ def give_volumes(volumes: Iterable[VolumeMount], user: RunAs) -> None:
 
 
 def _open_way(user: RunAs, dirs: ContainerDirs, data: DataDir) -> None:
-    for folder in (data.root, data.containers, data.volumes):
-        os.chmod(folder, PASSABLE)
+    let_pass(data)
     os.chown(dirs.root, -1, user.gid)
     os.chmod(dirs.root, 0o710)
     own = dirs.root / "volumes"
@@ -96,6 +95,12 @@ def _open_way(user: RunAs, dirs: ContainerDirs, data: DataDir) -> None:
             " others may pass (/var/lib/sandfleet), or use isolation rootfs",
             field="spec.user",
         )
+
+
+def let_pass(data: DataDir) -> None:
+    """Open the node's own folders on the way; a new worker may have closed them. OSError."""
+    for folder in (data.root, data.containers, data.volumes):
+        os.chmod(folder, PASSABLE)
 
 
 def first_closed(path: Path, user: RunAs) -> Path | None:

@@ -17,7 +17,7 @@ from schemas.subjects import Subjects
 from worker.bus.connection import Bus
 from worker.bus.jetstream import StreamInfo
 from worker.bus.outbox import OutboxPublisher
-from worker.errors import ContractError
+from worker.errors import ContractError, Unavailable
 from worker.records import ContainerRecord
 from worker.runtime import Runtime
 
@@ -101,8 +101,6 @@ class Repeater:
         if self._outbox.lost.is_set():
             self._outbox.lost.clear()
             self._seen = None
-            # What is sent again may be all that is missing.
-            await self._outbox.drained(SEND_FIRST_S)
         info = await self._bus.js.stream_info(self._outbox.stream)
         now = (info.created, info.first_seq, info.num_deleted)
         missing = await self._missing() if now != self._seen else frozenset()
@@ -121,17 +119,22 @@ class Repeater:
 
     async def _missing(self) -> frozenset[str]:
         """The containers whose present status the stream does not show. Unavailable."""
+        statuses = self._runtime.statuses()
+        # Their events may be on the way still, and what is sent again may be all that is missing.
+        if not await self._outbox.drained(SEND_FIRST_S):
+            raise Unavailable("events are still on their way")
         free = asyncio.Semaphore(QUESTIONS_AT_ONCE)
         stream, node, missing = self._outbox.stream, self._bus.node or "", set()
 
-        async def ask(cid: str) -> None:
+        async def ask(status: ContainerStatus) -> None:
+            cid = status.container
             async with free:
                 found = await self._bus.js.last_message(stream, self._subjects.state(node, cid))
-            status = self._runtime.status(cid)
-            if status is not None and not shows(None if found is None else found.data, status):
+            # One that has changed meanwhile was told with its change.
+            if self._runtime.status(cid) == status and not shows(None if found is None else found.data, status):
                 missing.add(cid)
 
-        asked = [asyncio.create_task(ask(status.container)) for status in self._runtime.statuses()]
+        asked = [asyncio.create_task(ask(status)) for status in statuses]
         try:
             await asyncio.gather(*asked)
         finally:

@@ -22,6 +22,7 @@ from worker.ids import new_ulid
 from worker.journal import Tx
 from worker.lifecycle import LIVE
 from worker.operations import ContainerOperations
+from worker.owners import let_pass
 from worker.records import ContainerRecord, decode_record
 from worker.services import Services
 from worker.stats import Target
@@ -204,12 +205,13 @@ class Runtime:
             if found is not None and _is_stranger(found, status):
                 self._strangers.append(found)
                 found = None
-            else:
-                self._expiry.watch(actor.cid, record)
+            self._expiry.watch(actor.cid, record)
             if status.image_digest is not None:
                 self.services.images.keep_for(actor.cid, status.image_digest)
             await self._reconcile(actor, record, found)
         self._strangers += launched.values()
+        if any(record.user is not None for record in records):
+            await self.services.in_thread(let_pass, self.services.data)
         return self.live_count()
 
     async def end_strangers(self) -> None:
@@ -221,13 +223,13 @@ class Runtime:
             await self._kill_stranger(stranger)
             actor = self._actors.get(stranger.cid)
             if actor is not None and actor.record is not None:
-                self._expiry.watch(actor.cid, actor.record)
                 await self._guard_port(actor.record.status)
         leaving, self._leaving = self._leaving, []
         for cid in leaving:
             self._remove_later(cid)
         known = {status.container for status in self.statuses()}
         await self.services.in_thread(self.services.sweep_strangers, known)
+        self._expiry.begin()
 
     async def _reconcile(
         self, actor: ContainerActor, record: ContainerRecord, found: LaunchedContainer | None

@@ -19,7 +19,7 @@ from .history import History, Violation, dump
 from .run import run
 
 PRIVATE = "CHAOS_PRIVATE"
-AFTER_S = 60.0  # for all that comes after the storm
+AFTER_S = 240.0  # for all that comes after the storm
 
 
 def main() -> int:

@@ -49,13 +49,13 @@ def main() -> None:
     import worker.work
 
     worker.work.now_utc = knobs.now
-    from worker.journal import _Owner
+    from worker.journal import _Owner, _State
 
     commit = _Owner._flush_and_commit
 
-    def slow_commit(self: _Owner, *args: object) -> None:
+    def slow_commit(self: _Owner, before: _State) -> None:
         time.sleep(knobs.commit_s)
-        commit(self, *args)  # type: ignore[arg-type]
+        commit(self, before)
 
     _Owner._flush_and_commit = slow_commit  # type: ignore[method-assign]
     from worker.__main__ import main as worker_main

@@ -83,7 +83,8 @@ class Listed(msgspec.Struct, kw_only=True):
 
 class History(msgspec.Struct, kw_only=True):
     """`takeovers` counts starts with `--takeover` that succeeded; `doomed` are epochs of journals that were
-    destroyed on purpose. `ledger`: id → state, of commands whose completion may have been lost with a stream.
+    destroyed on purpose. `refusals`: the log stream was away for a while, or its server was restarted, and may
+    have refused chunks. `ledger`: id → state, of commands whose completion may have been lost with a stream.
     `left`: what was found on the machine after everything was removed. `faults`: what the run itself saw going
     wrong (a worker that ended by itself, a wait that came to nothing).
     """
@@ -98,6 +99,7 @@ class History(msgspec.Struct, kw_only=True):
     listed: list[Listed] = []
     ledger: dict[str, str] = {}
     takeovers: int = 0
+    refusals: int = 0
     doomed: list[str] = []
     left: list[str] = []
     faults: list[str] = []

@@ -14,8 +14,9 @@ from typing import Any
 from .entry import write_knobs
 from .history import COMMANDS, EVENTS, LOGS, History, Loss
 from .plan import Action
+from .processes import Worker
 from .reader import Reader
-from .world import ChaosWorker, World
+from .world import World
 
 STREAMS = (EVENTS, LOGS, COMMANDS)
 API_S = 5.0
@@ -122,15 +123,18 @@ class Injector:
         async with self._world.server_lock:
             await asyncio.to_thread(self._world.server.kill)
             await asyncio.sleep(pause_s)
-            await asyncio.to_thread(self._world.server.start)
+            await self._start_server()
+
+    async def _start_server(self) -> None:
+        """It takes connections before its streams are there: what comes then is refused."""
+        self._history.refusals += 1
+        await asyncio.to_thread(self._world.server.start)
 
     async def do_server_stop(self, hold_s: float) -> None:
         async with self._world.server_lock:
-            process = self._world.server.process
-            assert process is not None
-            process.send_signal(signal.SIGSTOP)
+            self._world.server.signal(signal.SIGSTOP)
             await asyncio.sleep(hold_s)
-            process.send_signal(signal.SIGCONT)
+            self._world.server.signal(signal.SIGCONT)
 
     # -- the link
 
@@ -201,6 +205,7 @@ class Injector:
 
     async def do_make_anew(self, stream: str, pause_s: float) -> None:
         async with self._world.server_lock:
+            self._history.refusals += 1
             config = (await self._api(f"STREAM.INFO.{stream}"))["config"]
             async with self._between_generations(stream):
                 await self._api(f"STREAM.DELETE.{stream}")
@@ -216,7 +221,7 @@ class Injector:
             await asyncio.to_thread(world.server.kill)
             shutil.rmtree(copy, ignore_errors=True)
             await asyncio.to_thread(shutil.copytree, world.server.folder, copy)
-            await asyncio.to_thread(world.server.start)
+            await self._start_server()
         self._copy = copy
 
     async def do_put_back(self, pause_s: float) -> None:
@@ -233,7 +238,7 @@ class Injector:
             shutil.rmtree(world.server.folder)
             await asyncio.to_thread(shutil.copytree, self._copy, world.server.folder)
             await asyncio.sleep(pause_s)
-            await asyncio.to_thread(world.server.start)
+            await self._start_server()
             for stream in STREAMS:
                 state = await self._state(stream)
                 generation = self._reader.generation.get(stream, 0) + 1
@@ -307,7 +312,7 @@ class Injector:
             await asyncio.sleep(POLL_S)
         return None
 
-    async def _end_of(self, worker: ChaosWorker) -> int | None:
+    async def _end_of(self, worker: Worker) -> int | None:
         """The exit code of a worker that must end by itself; None when it does not."""
         process = worker.process
         assert process is not None
@@ -320,7 +325,7 @@ class Injector:
         worker.process = None
         return process.returncode
 
-    async def _end_launcher(self, worker: ChaosWorker) -> None:
+    async def _end_launcher(self, worker: Worker) -> None:
         pid = worker.launcher_pid()
         if pid is not None:
             with contextlib.suppress(ProcessLookupError):

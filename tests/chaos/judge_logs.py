@@ -74,7 +74,6 @@ def check_logs(history: History, events: Events) -> Iterator[Violation]:
     runs: dict[tuple[str, int], dict[str, Run]] = defaultdict(dict)
     for key, line_of in chunks.items():
         yield from _check_places(history, key, line_of)
-        yield from _check_ends(key, line_of)
         for run in _runs(key, line_of):
             runs[key.instance, run.run][key.stream] = run
             if run.incomplete and not _is_cut(ends.get((key.instance, run.run))) and not events.holes:
@@ -112,51 +111,62 @@ def _parse(history: History, message: Message, found: list[Violation]) -> tuple[
     )
 
 
-def _check_places(history: History, key: Key, line_of: list[Chunk]) -> Iterator[Violation]:
-    """Within a generation each chunk begins where the one before it ended; over all of them nothing is left
-    out that was not lost with the stream.
+def _check_places(history: History, key: Key, chunks: list[Chunk]) -> Iterator[Violation]:
+    """Within a generation each chunk begins where the one before it ended, but for what was lost with the
+    stream. One that the server refused may stand behind later ones: then only its place counts.
     """
-    before: Chunk | None = None
-    for chunk in line_of:
-        if before is not None and before.generation != chunk.generation:
-            before = None
-        expected = 0 if before is None else before.end
-        if chunk.offset < expected:
-            yield Violation(
-                "log bytes twice", f"{key} at {chunk.offset}, told up to {expected} (run {chunk.run})"
-            )
-        elif chunk.offset > expected and not _robbed(history, before, chunk):
-            yield Violation(
-                "log bytes lost", f"{key}: {expected} to {chunk.offset} is neither there nor covered"
-            )
-        before = chunk
+    for generation in sorted({chunk.generation for chunk in chunks}):
+        stored = [chunk for chunk in chunks if chunk.generation == generation]
+        placed = sorted(stored, key=_place)
+        if placed != stored and not history.refusals:
+            yield Violation("log out of order", f"{key}, generation {generation}")
+        unread = _unread(history, generation)
+        before: Chunk | None = None
+        for chunk in placed:
+            expected = 0 if before is None else before.end
+            if chunk.offset < expected:
+                yield Violation(
+                    "log bytes twice", f"{key} at {chunk.offset}, told up to {expected} (run {chunk.run})"
+                )
+            elif chunk.offset > expected and not unread and not _cut_between(history, before, chunk):
+                yield Violation(
+                    "log bytes lost", f"{key}: {expected} to {chunk.offset} is neither there nor covered"
+                )
+            before = chunk
+        yield from _check_ends(key, placed)
 
 
-def _robbed(history: History, before: Chunk | None, chunk: Chunk) -> bool:
-    """Whether the injector took messages between the two away, or may have."""
-    since = 0 if before is None else before.stream_seq
+def _place(chunk: Chunk) -> tuple[int, int, int]:
+    return chunk.offset, chunk.end, chunk.eof or 0
+
+
+def _unread(history: History, generation: int) -> bool:
+    """Whether messages of this generation were purged before anybody had read them."""
+    purged = [
+        max(loss.upto if loss.what == "purged" else 0, loss.unread)
+        for loss in history.lost(LOGS)
+        if loss.generation == generation
+    ]
+    upto = max(purged, default=0)
+    seen = sum(m.generation == generation and m.stream_seq <= upto for m in history.logs)
+    return seen < upto
+
+
+def _cut_between(history: History, before: Chunk | None, chunk: Chunk) -> bool:
+    """Whether the stream lost its end between the two, and with it what stood there."""
+    first, last = sorted((before.stream_seq if before is not None else 0, chunk.stream_seq))
     for loss in history.lost(LOGS):
-        if loss.generation != chunk.generation:
+        if loss.generation != chunk.generation or loss.what == "purged":
             continue
-        match loss.what:
-            case "purged":
-                if since < loss.upto:
-                    return True
-            case "made anew":
-                if before is None:
-                    return True
-            case "put back":
-                if before is None or since <= loss.upto < chunk.stream_seq:
-                    return True
+        if before is None or (loss.what == "put back" and first <= loss.upto < last):
+            return True
     return False
 
 
-def _check_ends(key: Key, line_of: list[Chunk]) -> Iterator[Violation]:
+def _check_ends(key: Key, placed: list[Chunk]) -> Iterator[Violation]:
     """The end of each run once, and nothing of a run behind it."""
-    generation, run, ended = 0, 0, 0
-    for chunk in line_of:
-        if chunk.generation != generation:
-            generation, run, ended = chunk.generation, 0, 0
+    run, ended = 0, 0
+    for chunk in placed:
         if chunk.run < run or chunk.run <= ended:
             name = "eof twice" if chunk.eof == ended else "log of an ended run"
             yield Violation(name, f"{key}: run {chunk.run} behind {max(run, ended)}")
@@ -169,7 +179,7 @@ def _runs(key: Key, line_of: list[Chunk]) -> Iterator[Run]:
     for chunk in line_of:
         by_run[chunk.run][chunk.offset, chunk.end, chunk.eof] = chunk
     for number, found in sorted(by_run.items()):
-        chunks = sorted(found.values(), key=lambda chunk: (chunk.offset, chunk.end))
+        chunks = sorted(found.values(), key=_place)
         yield Run(
             key,
             number,

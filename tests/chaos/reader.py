@@ -128,7 +128,7 @@ class Reader:
             headers = dict(answer.headers or {})
             match headers.get("Status"):
                 case "204":
-                    return headers.get("Nats-Num-Pending", "0") != "0"
+                    return bool(headers.get("Nats-Num-Pending", "0") != "0")
                 case "404":
                     return False
                 case str():

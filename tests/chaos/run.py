@@ -18,7 +18,7 @@ from .scheduler import NAMES
 from .world import NODE, World, open_world
 
 READY_S = 30.0
-CALM_S = 60.0
+CALM_S = 30.0
 POLL_S = 0.25
 UNFINISHED = frozenset({"no completion", "no rejection", "no eof", "log bytes lost"})
 COMMAND_KINDS = frozenset({"send", "again", "other", "malformed"})
@@ -94,12 +94,15 @@ class Run:
         """Nothing hinders any more: wait until every answer and every log is there, or patience ends."""
         await self.injector.heal()
         await self.command(None, "resume")
+        left: list[Violation] = []
         deadline = time.monotonic() + CALM_S
         while time.monotonic() < deadline:
             await self._look()
-            if not any(v.name in UNFINISHED for v in judge(self.history)):
+            left = [v for v in judge(self.history) if v.name in UNFINISHED]
+            if not left:
                 return
             await asyncio.sleep(POLL_S)
+        self.say(f"no calm after {CALM_S:g} s: {left[0]} and {len(left) - 1} more")
 
     async def _look(self) -> None:
         self.reader.check()

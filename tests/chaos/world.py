@@ -6,18 +6,14 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-from tests.acceptance.harness import Server, Worker, alive
-
-from .entry import write_knobs
 from .link import Link
+from .processes import Server, Worker, alive, cmdline, environ
 
-REPO = Path(__file__).parents[2]
 NODE = "n1"
 DISK_BYTES = 192 * 1024 * 1024
 END_S = 30.0
@@ -26,43 +22,6 @@ CONFIG = """
 register_roots = ["{images}"]
 write = ["{witness}"]
 """
-
-
-class ChaosWorker(Worker):
-    """A worker behind the link, with knobs to its disk and clock."""
-
-    def __init__(self, folder: Path, server: Server, config: str, url: str, data: Path | None = None) -> None:
-        super().__init__(folder, server, NODE, config)
-        self.url = url
-        self.data = data or folder / "data"
-        self.knobs = folder / "knobs"
-        write_knobs(self.knobs)
-
-    def argv(self, *extra: str) -> list[str]:
-        return [
-            sys.executable, "-m", "tests.chaos.entry", "worker", "--nats", self.url, "--node", self.node,
-            "--data-dir", str(self.data), "--config", str(self.config), "--setup", "--insecure", *extra,
-        ]  # fmt: skip
-
-    def start(self, *extra: str) -> None:
-        with self.log_path.open("ab") as log:
-            self.process = subprocess.Popen(
-                self.argv(*extra),
-                stdout=log,
-                stderr=log,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-                cwd=REPO,
-                env={**os.environ, "CHAOS_KNOBS": str(self.knobs)},
-            )
-
-    @property
-    def running(self) -> bool:
-        return self.process is not None and self.process.poll() is None
-
-    def signal(self, number: int) -> None:
-        if self.running and self.process is not None:
-            self.process.send_signal(number)
 
 
 class World:
@@ -81,18 +40,18 @@ class World:
         (self.image / "readme").write_text("for the chaos test\n")
         if private:
             _mount(self.disk)
-        self.worker = ChaosWorker(folder / "node", server, self.config, link.url, self.disk / "data")
+        self.worker = Worker(NODE, folder / "node", self.config, link.url, self.disk / "data")
         self.server_lock = asyncio.Lock()
         self.worker_lock = asyncio.Lock()
-        self.others: list[ChaosWorker] = []
+        self.others: list[Worker] = []
 
     @property
     def config(self) -> str:
         return CONFIG.replace("{images}", str(self.image.parent)).replace("{witness}", str(self.witness))
 
-    def another(self, name: str, data: Path | None = None) -> ChaosWorker:
+    def another(self, name: str, data: Path) -> Worker:
         """A second worker under the same name, straight to the server."""
-        made = ChaosWorker(self.folder / name, self.server, self.config, self.server.url, data)
+        made = Worker(NODE, self.folder / name, self.config, self.server.url, data)
         self.others.append(made)
         return made
 
@@ -100,7 +59,7 @@ class World:
 
     def leftovers(self) -> list[str]:
         """Of containers, while worker and launcher still run."""
-        found = [f"process {p}" for p in self._processes() if "SANDFLEET_INSTANCE=" in _environ(p)]
+        found = [f"process {p}" for p in self._processes() if "SANDFLEET_INSTANCE=" in environ(p)]
         for place in ("containers", "spool", "volumes"):
             folder = self.worker.data / place
             entries = [e.name for e in folder.iterdir()] if folder.is_dir() else []
@@ -116,7 +75,7 @@ class World:
         server = self.server.process
         ours = {os.getpid(), server.pid if server is not None else 0}
         return [
-            f"process {pid}: {_cmdline(pid)}" for pid in self._processes() if pid not in ours and alive(pid)
+            f"process {pid}: {cmdline(pid)}" for pid in self._processes() if pid not in ours and alive(pid)
         ]
 
     def _processes(self) -> list[int]:
@@ -126,7 +85,7 @@ class World:
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit():
                 pid = int(entry.name)
-                if pid != os.getpid() and (mark in _cmdline(pid) or mark in _environ(pid)):
+                if pid != os.getpid() and (mark in cmdline(pid) or mark in environ(pid)):
                     found.append(pid)
         return found
 
@@ -193,21 +152,6 @@ async def _gone(pid: int) -> bool:
             return False
         await asyncio.sleep(0.02)
     return True
-
-
-def _cmdline(pid: int) -> str:
-    return _proc(pid, "cmdline").replace("\0", " ")
-
-
-def _environ(pid: int) -> str:
-    return _proc(pid, "environ")
-
-
-def _proc(pid: int, name: str) -> str:
-    try:
-        return Path(f"/proc/{pid}/{name}").read_bytes().decode(errors="replace")
-    except OSError:
-        return ""
 
 
 def _mounts_below(folder: Path) -> list[str]:

@@ -8,6 +8,7 @@ or its trees of processes are (`trees`). This process stands for the worker: sam
 """
 
 import asyncio
+import contextlib
 import ctypes
 import fcntl
 import json
@@ -24,7 +25,8 @@ from typing import Any
 from schemas.status import Network
 from tests.integration.attack_machine import SIGN_FILE
 from tests.integration.attack_outside import DATA, OF_GROUP, OUTSIDE, PROGRAM, READABLE, TMP, TOP, Outside
-from tests.integration.launcher_help import Hearing, Home, until
+from tests.integration.launcher_help import Hearing, Home, alive, until
+from worker.errors import Unavailable
 from worker.launcher.protocol import encode_frame
 from worker.platform.base import NetworkPolicy, PathRule, SandboxPolicy
 from worker.platform.linux.driver import LinuxDriver
@@ -327,7 +329,15 @@ async def main(program: str, what: str) -> None:
         await (attacks(node) if what == "attacks" else trees(node))
     finally:
         node.outside.close()
+        await end(launcher)
+
+
+async def end(launcher: Launcher) -> None:
+    """End a launcher and all that it runs. Its answer is lost when an acknowledgement of ours meets its end."""
+    with contextlib.suppress(Unavailable):
         await launcher.shutdown(kill=True)
+    await until(lambda: not alive(launcher.pid))
+    await launcher.close()
 
 
 def keep_a_key(token: bytes) -> None:

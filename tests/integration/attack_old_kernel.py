@@ -16,12 +16,14 @@ import shutil
 import signal
 import struct
 import sys
+import traceback
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from schemas.node import Feature
 from schemas.spec import decode_spec
 from tests.integration.attack_machine import PLACE
+from tests.integration.attack_node import end
 from tests.integration.launcher_help import Hearing, Home, until
 from worker.config import Config
 from worker.datadir import ContainerDirs
@@ -130,7 +132,7 @@ async def look(name: str, program: str) -> dict[str, Any]:
             one = _Container(home, driver, isolation, program)
             told["runs"][isolation] = await one.run(launcher, heard, str(secret))
     finally:
-        await launcher.shutdown(kill=True)
+        await end(launcher)
     return told
 
 
@@ -200,14 +202,8 @@ def main(program: str) -> None:
         while waiting and len(running) < AT_ONCE:
             name = waiting.pop(0)
             running[_begin(name, program)] = name
-        child, status = os.wait()
-        name = running.pop(child)
-        told = (
-            Path(PLACE, f"{name}.json").read_text()
-            if status == 0
-            else json.dumps({"case": name, "error": status})
-        )
-        print(told, flush=True)
+        child, _ = os.wait()
+        print(Path(PLACE, f"{running.pop(child)}.json").read_text(), flush=True)
 
 
 def _begin(name: str, program: str) -> int:
@@ -215,9 +211,13 @@ def _begin(name: str, program: str) -> int:
     child = os.fork()
     if child:
         return child
-    remove(CASES[name])
-    told = json.dumps(asyncio.run(look(name, program)))
-    Path(PLACE, f"{name}.json").write_text(told)
+    told: dict[str, Any]
+    try:
+        remove(CASES[name])
+        told = asyncio.run(look(name, program))
+    except BaseException:
+        told = {"case": name, "error": traceback.format_exc()}
+    Path(PLACE, f"{name}.json").write_text(json.dumps(told))
     os._exit(0)
 
 

@@ -88,10 +88,11 @@ class Outside:
     def _lay_out_system(self) -> None:
         with contextlib.suppress(OSError):
             TEMPORARY.write_text(self.token)
+        for path in (PRELOAD, PLANTED):
+            with contextlib.suppress(OSError):
+                path.unlink()
         if not self._root:
             return
-        for path in (PRELOAD, PLANTED):
-            path.unlink(missing_ok=True)
         PASSWORDS.write_text(self.token)
         PASSWORDS.chmod(0o600)
         os.truncate(LAUNCHER_FILE, self._launcher_size)

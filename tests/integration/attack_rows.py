@@ -68,8 +68,8 @@ _FILES = [
         "read_after_rename": "rename a file in and read it",
         "read_in_a_race": "while a folder and a link change places",
         "list_folder": "list a folder",
-        "read_others_temporary": "read a temporary file",
     }),
+    *_alike("files", _PLACES, "secret", {"read_others_temporary": "read a temporary file"}, needs="host"),
     *_alike("files", "landlock privileges namespaces", "secret", {
         "read_init_root": "by the root of number 1",
         "read_launcher_root": "by the launcher's root",
@@ -103,7 +103,7 @@ _FILES = [
     *_alike("files", "seccomp", "call", {"lease_readable": "take a lease on a file that it may read"}),
     *_alike("files", "", "secret", {
         "read_by_group": "read what is granted, and by its mode open to a group of the worker's",
-    }, open={"process user": "user", "rootfs user": "user"}, needs="user"),
+    }, open={"process user": "user", "rootfs user": "user"}, needs="user host"),
     *_alike("node", _PLACES, "shown", {"read_key": "read `launcher.key`"}),
     *_alike("node", _PLACES, "secret", {
         "read_journal": "read the journal",
@@ -151,7 +151,7 @@ _SYSTEM = [
     *_alike("system", _PLACES, "call", {
         "set_core_pattern": "write the core pattern",
         "press_sysrq": "write to `sysrq-trigger`",
-    }, needs="root, a kernel with it"),
+    }, needs="root kernel"),
     *_alike("system", "landlock privileges namespaces", "call", {
         "read_kernel_messages": "read `/dev/kmsg`",
         "make_device": "make a device node and read it",
@@ -165,7 +165,7 @@ _SYSTEM = [
     *_alike("programs", _PLACES, "secret", {"run_from_memory": "run one from memory, free of the sandbox"}),
     *_alike("programs", "landlock privileges namespaces seccomp", "euid 0", {
         "run_set_user_id": "run a set-user-ID program",
-    }, needs="user"),
+    }, needs="user host"),
     *_alike("programs", "privileges", "capable", {"gain_by_exec": "gain capabilities by exec"}, needs="root"),
     *_alike("programs", "privileges", "call", {
         "take_capabilities": "take a capability",
@@ -216,8 +216,10 @@ _PROCESS = [
     *_alike("processes", "privileges* namespaces", "effect", {
         "set_scheduler": "set its scheduler",
         "set_affinity": "tie it to a processor",
-        "set_disk_priority_of_user": "lower the disk priority of all of the user's",
     }, open=_PROCESSES),
+    *_alike("processes", "privileges* namespaces", "effect", {
+        "set_disk_priority_of_user": "lower the disk priority of all of the user's",
+    }, open=_PROCESSES, needs="host"),
     *_alike("processes", _PLACES, "effect", {"offer_to_oom": "have it killed first when memory runs out"}),
     *_alike("memory", "landlock privileges* namespaces", "secret", {
         "read_memory_file": "read its memory by `/proc`",
@@ -254,14 +256,14 @@ _OBJECTS = [
     *_alike("objects", "seccomp", "call", {"make_keyring": "make a keyring", "add_key": "add a key"}),
     *_alike("objects", "launcher", "effect", {
         "type_into_terminal": "type into the terminal (`TIOCSTI`)",
-    }, needs="a kernel with it"),
+    }, needs="kernel"),
     *_alike("objects", "landlock privileges namespaces seccomp", "effect", {
         "type_into_others_terminal": "type into another's terminal",
-    }, needs="root, a kernel with it"),
+    }, needs="root kernel"),
     *_alike("objects", _PLACES, "effect", {"write_to_others_terminal": "write to another's terminal"}),
     *_alike("objects", "landlock privileges namespaces seccomp", "call", {
         "use_console": "use the console (`TIOCLINUX`)",
-    }, needs="root, a kernel with it"),
+    }, needs="root kernel"),
     *_alike("sockets", "namespaces seccomp", "effect", {
         "unix_stream": "connect to a stream socket",
         "unix_datagram": "a datagram socket",
@@ -306,7 +308,7 @@ _OBJECTS = [
     *_alike("network", "seccomp", "call", {
         "open_vsock": "a socket to the machine's host (vsock)",
         "use_kernel_ciphers": "the kernel's ciphers (AF_ALG)",
-    }, needs="a kernel with it"),
+    }, needs="kernel"),
 ]  # fmt: skip
 
 _KERNEL = [
@@ -315,7 +317,7 @@ _KERNEL = [
         "new_namespace_by_clone": "by `clone`",
         "new_namespace_by_clone3": "by `clone3`",
         "list_mounts": "`listmount`",
-    }, needs="a kernel with it"),
+    }, needs="kernel"),
     *_alike("namespaces", "privileges seccomp", "call", {
         "new_mount_namespace": "a new mount namespace",
         "new_pid_namespace": "process namespace",
@@ -351,7 +353,7 @@ _KERNEL = [
         "use_quota": "`quotactl`",
         "make_code_predictable": "no address randomisation",
         "call_by_32_bits": "a 32-bit system call",
-    }, needs="a kernel with it"),
+    }, needs="kernel"),
     *_alike("kernel", "privileges seccomp", "call", {
         "load_bpf": "`bpf`",
         "load_module": "`init_module`",
@@ -368,11 +370,11 @@ _KERNEL = [
         "tune_clock": "`adjtimex`",
         "read_messages": "`syslog`",
         "hang_up": "`vhangup`",
-    }, needs="root, a kernel with it"),
+    }, needs="root kernel"),
     *_alike("kernel", "landlock privileges seccomp", "call", {"keep_accounts": "`acct`"},
-            needs="root, a kernel with it"),
+            needs="root kernel"),
     *_alike("kernel", "privileges namespaces seccomp", "effect", {"rename_host": "`sethostname`"}, needs="root"),
-    *_alike("kernel", "seccomp", "call", {"call_by_x32": "an x32 system call"}, needs="a kernel with it"),
+    *_alike("kernel", "seccomp", "call", {"call_by_x32": "an x32 system call"}, needs="kernel"),
 ]  # fmt: skip
 
 ROWS: Mapping[str, Row] = dict([*_FILES, *_SYSTEM, *_PROCESS, *_OBJECTS, *_KERNEL])

@@ -15,9 +15,10 @@ has; `level` for what the network level is there to allow; `granted` for what wh
 for what an ordinary user has that cannot be given up. Settings are tried from the narrowest to the widest:
 `ISOLATION/LEVEL`, `ISOLATION`; one that ends in ` user` holds for an ordinary user only.
 
-`needs` says what an attempt needs to be alive outside that not every machine or user has: `root`, `user`, or a kernel
-with something. `proof` tells how it is seen to have got through: `secret`, it said what only the other side knows;
-`effect`, the other side was changed; a text that it must have said; or `call`, the call itself is all.
+`needs` are what an attempt needs to be alive outside that is not everywhere: `root`, an ordinary `user`, a `kernel`
+with it, a `host` that lets it be tried. `proof` tells how it is seen to have got through: `secret`, it said what only
+the other side knows; `effect`, the other side was changed; `shown` or a text, that is what it must have said; `call`,
+the call itself is all.
 
     python -m tests.integration.attack_table     prints the table
 """

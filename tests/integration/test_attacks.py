@@ -77,12 +77,8 @@ def test_every_attempt_is_alive_outside(report: Report, record_property: Any) ->
     """But for those that need what this kernel or user has not got, each with the errno that it met."""
     control = report.control
     dead = set(ROWS) - control.through
-    needed = {"root"} if not report.root else {"user"}
-    without_reason = {
-        name
-        for name in dead
-        if not needed & set(ROWS[name].needs.split(", ")) and "kernel" not in ROWS[name].needs
-    }
+    reasons = {"kernel", "host", "user" if report.root else "root"}
+    without_reason = {name for name in dead if not reasons & set(ROWS[name].needs.split())}
     assert not without_reason, control.errno_of(without_reason)
     assert len(control.through) >= 60
     record_property("not available here", control.errno_of(dead))

@@ -64,7 +64,7 @@ def told(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 @pytest.fixture(params=CASES)
 def case(request: pytest.FixtureRequest, told: Told) -> dict[str, Any]:
     found = told[request.param]
-    assert "error" not in found, "see what the node has said on stderr"
+    assert "error" not in found, found["error"]
     return found
 
 

@@ -13,6 +13,7 @@ from tests.integration.netgate_help import (
     Box,
     Echo,
     Listening,
+    appears,
     connected,
     free_port,
     make_box,
@@ -79,7 +80,7 @@ def test_a_server_that_is_waited_for_before_it_is_bound(box: Box) -> None:
     code = EPOLL + """
 epoll = select.epoll()
 spare = [os.dup(0) for _ in range(200)]  # numbers that the shim does not use, and such that it does
-for number in (90, 20, 11, 4):
+for number in NUMBERS:
     made = socket.socket(); server = socket.socket(fileno=os.dup2(made.fileno(), number)); made.close()
     server.setsockopt(1, 2, 1)
     put(epoll, server, 1, number)
@@ -88,8 +89,10 @@ for number in (90, 20, 11, 4):
     while not any(events & 1 for events, data in wait(epoll) if data == number): pass
     one, _ = server.accept(); one.sendall(b'hello'); one.close(); server.close()
 """
-    box.start(code, PORT=box.bind[0])
-    for _ in range(4):
+    numbers = (90, 20, 11, 4)
+    box.start(code, PORT=box.bind[0], NUMBERS=numbers)
+    for number in numbers:
+        appears(box.rootfs / f"up{number}")
         with connected(box.bind[0]) as one:
             assert one.recv(9) == b"hello"
     box.answer()
@@ -283,7 +286,7 @@ def test_http_server_of_python(box: Box) -> None:
     box.bind = (free_port(),)
     server = (
         "import http.server as s\n"
-        f"one = s.ThreadingHTTPServer(('', {box.bind[0]}), s.SimpleHTTPRequestHandler)\n"
+        f"one = s.HTTPServer(('', {box.bind[0]}), s.SimpleHTTPRequestHandler)\n"
         "one.handle_request(); one.server_close()"
     )
     box.start("", argv=[str(python), "-c", server])

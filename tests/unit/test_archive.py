@@ -257,6 +257,16 @@ def test_an_image_for_several_platforms(tmp_path: Path, store: ImageStore) -> No
         load(store, tmp_path / "a.tar", here=("plan9", "arm64"))
 
 
+def test_all_images_of_an_archive_or_none(tmp_path: Path, store: ImageStore) -> None:
+    made = [layer(APP), layer({"x": b"1"})]
+    config = config_of([made[0], layer({"other": b"2"})])
+    wrong = (manifest_of(made, config), config, [one.content for one in made])
+    (tmp_path / "a.tar").write_bytes(tar_of(layout_of((*app(), named("good:1")), (*wrong, named("bad:1")))))
+    with pytest.raises(PullFailed, match="the image's config says"):
+        load(store, tmp_path / "a.tar")
+    _nothing_left(store)
+
+
 def test_another_platform_is_a_warning(tmp_path: Path, store: ImageStore) -> None:
     (tmp_path / "a.tar").write_bytes(tar_of(layout_of((*app(("plan9", "mips")), named("a:1")))))
     (warning,) = load(store, tmp_path / "a.tar").warnings

@@ -60,6 +60,7 @@ class Removals:
 async def test_it_goes_when_its_time_is_over() -> None:
     removals = Removals()
     expiry = Expiry(removals, clock=lambda: NOW)
+    expiry.begin()
     expiry.watch("web-0", record(State.EXITED, ttl_s=10.01))
     async with asyncio.timeout(5):
         # The clock stands still, so it asks the record again until that says 0.
@@ -72,6 +73,7 @@ async def test_it_goes_when_its_time_is_over() -> None:
 async def test_one_that_was_started_is_spared() -> None:
     removals = Removals()
     expiry = Expiry(removals, clock=lambda: NOW)
+    expiry.begin()
     expiry.watch("web-0", record(State.EXITED, ttl_s=0))
     expiry.watch("web-0", record(State.INITIALIZING, ttl_s=0, finished_s_ago=None))
     expiry.watch("web-1", record(State.EXITED, ttl_s=0))
@@ -86,6 +88,7 @@ async def test_one_that_is_busy_is_asked_again(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("worker.expiry.RETRY_S", 0.01)
     removals = Removals(busy=True)
     expiry = Expiry(removals, clock=lambda: NOW)
+    expiry.begin()
     expiry.watch("web-0", record(State.EXITED, ttl_s=0))
     async with asyncio.timeout(5):
         while len(removals.asked) < 3:
@@ -106,6 +109,7 @@ async def test_the_wall_clock_decides(monkeypatch: pytest.MonkeyPatch) -> None:
 
     removals = Removals()
     expiry = Expiry(removals, clock=clock)
+    expiry.begin()
     expiry.watch("web-0", record(State.EXITED, ttl_s=3600))
     async with asyncio.timeout(5):
         while looks < 4:
@@ -114,4 +118,20 @@ async def test_the_wall_clock_decides(monkeypatch: pytest.MonkeyPatch) -> None:
     now = NOW + timedelta(hours=2)
     async with asyncio.timeout(5):
         await removals.happened.wait()
+    expiry.close()
+
+
+async def test_nothing_goes_before_it_has_begun() -> None:
+    removals = Removals()
+    expiry = Expiry(removals, clock=lambda: NOW)
+    expiry.watch("web-0", record(State.EXITED, ttl_s=0))
+    expiry.watch("web-1", record(State.EXITED, ttl_s=0))
+    expiry.watch("web-1", record(State.INITIALIZING, ttl_s=0, finished_s_ago=None))
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert removals.asked == []
+    expiry.begin()
+    async with asyncio.timeout(5):
+        await removals.happened.wait()
+    assert removals.asked == [("web-0", "i1")]
     expiry.close()

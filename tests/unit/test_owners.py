@@ -7,7 +7,7 @@ import pytest
 
 from worker.datadir import DataDir
 from worker.errors import CreateFailed
-from worker.owners import first_closed, give_tree, hand_over
+from worker.owners import first_closed, give_tree, hand_over, let_pass
 from worker.platform.base import RunAs, SandboxPolicy, VolumeMount
 
 from .unprivileged import needs_root
@@ -157,4 +157,6 @@ def test_a_new_worker_leaves_the_way_open(data: DataDir) -> None:
         assert mode(again.images) == 0o700
     data.containers.chmod(0o755)
     with DataDir.open(data.root, node="n1") as again:
+        assert mode(again.containers) == 0o700
+        let_pass(again)
         assert mode(again.containers) == 0o711

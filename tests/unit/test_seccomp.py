@@ -18,6 +18,7 @@ UDP = Options(inet="udp", fastopen=True)
 ANY = Options(inet="any", fastopen=True)
 UNIX = Options(unix=True)
 GATE = Options(inet="tcp", gate=True)
+PORTS = Options(inet="udp", ports=True)
 
 AF_UNIX, AF_INET, AF_INET6, AF_NETLINK, AF_PACKET, AF_ALG, AF_VSOCK = 1, 2, 10, 16, 17, 38, 40
 STREAM, DGRAM, RAW, SEQPACKET = 1, 2, 3, 5
@@ -157,6 +158,23 @@ CASES: list[tuple[Options, str, tuple[int, ...], int]] = [
     (GATE._replace(unix=True), "socket", (AF_UNIX, DGRAM, 0), ALLOW),
     (GATE._replace(unix=True), "connect", (3, 0, 16), ALLOW),
     (TCP, "connect", (3, 0, 16), ALLOW),
+    (PORTS, "connect", (3, 0, 16), seccomp.ASK),
+    (PORTS, "bind", (3, 0, 16), seccomp.ASK),
+    (PORTS, "listen", (3, 5), seccomp.ASK),
+    (PORTS, "epoll_create", (1,), seccomp.ASK),
+    (PORTS, "epoll_create1", (0,), seccomp.ASK),
+    (PORTS, "seccomp", (1, 8), errno.EPERM),
+    (PORTS, "socket", (AF_INET, DGRAM, 0), ALLOW),
+    (PORTS, "socket", (AF_INET, RAW, 0), errno.EACCES),
+    (PORTS, "socket", (AF_UNIX, STREAM, 0), errno.EACCES),
+    (PORTS._replace(gate=True), "socket", (AF_UNIX, STREAM, 0), seccomp.ASK),
+    (PORTS._replace(unix=True), "socket", (AF_UNIX, STREAM, 0), ALLOW),
+    (PORTS._replace(unix=True), "connect", (3, 0, 16), seccomp.ASK),
+    (PORTS, "setsockopt", (3, 6, 1), ALLOW),
+    (PORTS, "setsockopt", (3, 1, 31), ALLOW),
+    (PORTS, "setsockopt", (3, 6, 31), errno.ENOENT),  # TCP_ULP
+    (PORTS, "setsockopt", (3, HIGH | 6, HIGH | 31), errno.ENOENT),
+    (PORTS, "sendto", (3, 0, 0, FASTOPEN), errno.EOPNOTSUPP),
     (TCP, "sendto", (3, 0, 0, 0x4000), ALLOW),
     (TCP, "sendto", (3, 0, 0, FASTOPEN), errno.EOPNOTSUPP),
     (TCP, "sendmsg", (3, 0, FASTOPEN | 0x4000), errno.EOPNOTSUPP),
@@ -181,7 +199,7 @@ def test_calls_that_no_rule_names_are_allowed(arch: str) -> None:
 
 
 @pytest.mark.parametrize("arch", ARCHES)
-@pytest.mark.parametrize("options", [NONE, TCP, UDP, ANY, UNIX, GATE])
+@pytest.mark.parametrize("options", [NONE, TCP, UDP, ANY, UNIX, GATE, PORTS])
 def test_the_program_says_what_the_rules_say(options: Options, arch: str) -> None:
     """A plain reading of the rules, one after the other, against the search tree."""
     program = seccomp.assemble(options, arch)
@@ -223,13 +241,13 @@ def test_other_entries_and_newer_calls_do_not_exist(arch: str) -> None:
 
 
 def test_every_rule_names_known_calls_and_gives_a_reason() -> None:
-    for options in (NONE, TCP, UDP, ANY, UNIX, GATE):
+    for options in (NONE, TCP, UDP, ANY, UNIX, GATE, PORTS):
         for rule in seccomp.rules(options):
             assert set(rule.calls.split()) <= NUMBERS.keys()
             assert rule.reason
     used = {
         call
-        for options in (NONE, NONE._replace(truncate=False), GATE)
+        for options in (NONE, NONE._replace(truncate=False), GATE, PORTS)
         for r in seccomp.rules(options)
         for call in r.calls.split()
     }

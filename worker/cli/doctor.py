@@ -5,6 +5,7 @@ import asyncio
 from worker.cli.app import OK, REFUSED
 from worker.cli.context import Context, quiet_logs
 from worker.cli.doctor_checks import Finding, data_dir_checks, machine_checks, server_checks
+from worker.cli.doctor_launcher import launcher_checks
 from worker.cli.parser import Namespace, Parser, page_width, wrapped
 from worker.cli.style import Style, clean
 from worker.cli.worker_cmd import local_config, place_options
@@ -29,7 +30,10 @@ async def verb_doctor(context: Context, args: Namespace) -> int:
     quiet_logs()
     config = local_config(context, args)
     async with context.out.busy("looking"):
-        local = await asyncio.to_thread(lambda: [*machine_checks(), *data_dir_checks(config.data_dir)])
+        root = config.data_dir
+        local = await asyncio.to_thread(
+            lambda: [*machine_checks(), *data_dir_checks(root), *launcher_checks(root)]
+        )
         nats = context.nats_config()
         remote = await server_checks(nats, f"name the server with --nats (now {_plain(nats.url)})")
     findings = [*local, *remote]

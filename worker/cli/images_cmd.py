@@ -155,7 +155,10 @@ def options_prune(parser: Parser) -> None:
         "--older-than", type=duration, metavar="DURATION", help="also named images not used for so long (24h)"
     )
     parser.argument(
-        "--keep", type=byte_size, metavar="SIZE", help="also named images, until the store is no larger (20Gi)"
+        "--keep",
+        type=byte_size,
+        metavar="SIZE",
+        help="also named images, until the store is no larger (20Gi)",
     )
 
 

@@ -7,6 +7,7 @@ Read, checked and unpacked before anything gets a name; whoever is killed in bet
 import os
 import stat
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO
 
@@ -59,33 +60,31 @@ def load_archive(
             wanted = _named(images, name)
             for given, _ in wanted:
                 allowed(given)
-            made: list[ImageInfo] = []
             warnings: dict[str, None] = {}
             if unnamed := sum(1 for image in images if not image.names) * (name is None):
                 warnings[f"{unnamed} images of the archive have no name and were left out"] = None
-            for given, image in wanted:
-                store.hold(image.plan.blobs)
-                try:
-                    info, notes = _take_in(store, folder, given, image, stop, unpack)
-                finally:
-                    store.release(image.plan.blobs)
-                made.append(info)
-                warnings.update(dict.fromkeys((*image.plan.warnings, *notes)))
+            with ExitStack() as held:
+                ready = []
+                for given, image in wanted:
+                    store.hold(image.plan.blobs)
+                    held.callback(store.release, image.plan.blobs)
+                    work = TakeIn(store, Ingest(folder), image.plan, stop)
+                    notes = _take_in(work, image, unpack)
+                    ready.append((given, work))
+                    warnings.update(dict.fromkeys((*image.plan.warnings, *notes)))
+                # All are here, so none is named without the others.
+                made = tuple(work.publish(given) for given, work in ready)
         except OSError as failure:
             raise disk_failed(failure, "load") from failure
-    return Loaded(images=tuple(made), warnings=tuple(warnings))
+    return Loaded(images=made, warnings=tuple(warnings))
 
 
-def _take_in(
-    store: ImageStore, folder: Path, name: str, image: ArchivedImage, stop: StopSignal, unpack: Unpack
-) -> tuple[ImageInfo, tuple[str, ...]]:
-    work = TakeIn(store, Ingest(folder), image.plan, stop)
+def _take_in(work: TakeIn, image: ArchivedImage, unpack: Unpack) -> tuple[str, ...]:
     missing = work.missing()
     work.check_space(())  # the layers are on the disk already; their content is not
     for blob in missing:
         work.adopt(image.files[blob.digest], blob.digest)
-    notes = work.unpack(unpack)
-    return work.publish(name), notes
+    return work.unpack(unpack)
 
 
 def _named(images: list[ArchivedImage], name: str | None) -> list[tuple[str, ArchivedImage]]:

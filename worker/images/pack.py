@@ -316,4 +316,3 @@ def _encode(document: dict[str, Any]) -> bytes:
 
 def _digest(content: bytes) -> str:
     return f"sha256:{sha256(content).hexdigest()}"
-

@@ -208,7 +208,7 @@ def record_tree(layout: Layout, tree: str, xattrs: Xattrs, check: Check) -> None
             raise
     try:
         with out:
-            write_listing(top, cast(BinaryIO, _Checked(out, check)), xattrs)
+            write_listing(top, cast("BinaryIO", _Checked(out, check)), xattrs)
             out.flush()
             os.fsync(out.fileno())
         with layout.locked():

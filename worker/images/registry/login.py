@@ -42,7 +42,8 @@ def registry_host(name: str) -> str:
         return DOCKER_HUB
     if bare != "localhost" and not any(char in bare for char in ".:"):
         raise InvalidCommand(
-            f"{bare[:100]} would be a part of Docker Hub in an image's name: write a port behind it", field="registry"
+            f"{bare[:100]} would be a part of Docker Hub in an image's name: write a port behind it",
+            field="registry",
         )
     return registry_image(f"{bare}/x", field="registry").host
 

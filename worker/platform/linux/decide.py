@@ -14,7 +14,7 @@ from worker.platform.base import Profile, SandboxPolicy
 
 from . import landlock, seccomp
 from .decide_root import Seen
-from .render import OWN_PROC, call_line, file_line
+from .render import OWN_NETWORK, OWN_PROC, call_line, file_line, port_heading
 from .ruling import Ruling
 from .syscall_table import NUMBERS
 from .system import SystemPath
@@ -57,6 +57,7 @@ class Confinement:
         self._landlock: dict[str, Any] | None = steps.get("landlock")
         self._seen = Seen(plan["root"], self._lines) if "root" in plan else None
         self._gate: str | None = plan.get("gate")
+        self._ports: dict[str, list[int]] | None = plan.get("ports")
         options = steps.get("seccomp")
         self._calls = None if options is None else seccomp.rules(seccomp.Options(**options))
         self._inet = None if options is None else options["inet"]
@@ -104,12 +105,17 @@ class Confinement:
 
     # -- network
 
-    def connect(self, port: int, *, udp: bool = False) -> Ruling:
-        """To any address: Landlock tells ports apart, and no addresses."""
+    def connect(self, port: int, *, udp: bool = False, local: bool = True) -> Ruling:
+        """To this machine or, unless `local`, another: Landlock tells ports apart, and no addresses."""
+        if self._ports is not None:
+            return self._granted(self._ports, "connect", port, udp, local)
         return self._port("c", "connect", port, udp)
 
     def bind(self, port: int, *, udp: bool = False) -> Ruling:
-        ruling = self._port("b", "bind", port, udp)
+        if self._ports is not None:
+            ruling = self._granted(self._ports, "bind", port, udp, True)
+        else:
+            ruling = self._port("b", "bind", port, udp)
         if ruling.decision == "allow" and 0 < port < FIRST_OPEN_PORT:
             return ruling._replace(
                 reason=f"{ruling.reason}; but a port below {FIRST_OPEN_PORT} needs a capability that no "
@@ -124,13 +130,24 @@ class Confinement:
         if udp:
             return Ruling("allow", made.rule, "UDP goes to and from any port: Landlock does not see it")
         net = "" if self._landlock is None else self._landlock["net"]
-        line = self._heading(f"{word:<8} tcp")
+        line = self._heading(port_heading(word, "tcp"))
         if letter not in net:
             return Ruling("allow", line, f"at the level {self._level} no port is refused")
         ports = {number for number, letters in (self._landlock or {})["ports"] if letter in letters}
         if port in ports:
             return Ruling("allow", line, "the port is open, on every address")
         return Ruling("deny", line, f"the level {self._level} opens only the ports that are named")
+
+    def _granted(self, ports: dict[str, list[int]], word: str, port: int, udp: bool, local: bool) -> Ruling:
+        """In a network of its own, where granted ports are the host's."""
+        line = self._heading(port_heading(word, "udp" if udp else "tcp"))
+        if not local:
+            return Ruling("deny", OWN_NETWORK, "its network is a loopback, nobody else is there")
+        if port in ports[f"udp_{word}" if udp else word]:
+            return Ruling("allow", line, "the host's, on its loopback")
+        if word == "bind":
+            return Ruling("allow", OWN_NETWORK, "in its own network: the host does not see it")
+        return Ruling("deny", OWN_NETWORK, "in its own network, where only its own programs are")
 
     def unix(self, path: str | None, *, serve: bool = False) -> Ruling:
         """Connecting to a unix socket by its path (None: one without a path), or serving one."""

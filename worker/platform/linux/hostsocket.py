@@ -24,7 +24,7 @@ _SO_SNDBUF, _SO_RCVBUF = 7, 8
 _SO_PROTOCOL, _SO_DOMAIN = 38, 39
 _BIND_ADDRESS_NO_PORT = 24
 _IPV6_V6ONLY = 26
-_TCP_INFO, _CLOSED, _ESTABLISHED, _SYN_SENT = 11, 7, 1, 2
+_TCP_INFO, _CLOSED, _SYN_SENT = 11, 7, 2
 _WIDEST = 16  # bytes of an option's value
 _BUFFERS = ((1, _SO_SNDBUF), (2, _SO_RCVBUF))  # bits of SO_BUF_LOCK
 
@@ -80,10 +80,6 @@ def is_connecting(sock: socket.socket) -> bool:
     return _state(sock) == _SYN_SENT
 
 
-def is_established(sock: socket.socket) -> bool:
-    return _state(sock) == _ESTABLISHED
-
-
 def only_v6(sock: socket.socket, family: int) -> bool:
     return family == socket.AF_INET6 and bool(sock.getsockopt(_IPPROTO_IPV6, _IPV6_V6ONLY))
 
@@ -127,10 +123,10 @@ def connect(new: socket.socket, place: Place) -> int:
     error = new.connect_ex((place.host, place.port))
     if error != errno.EINPROGRESS:
         return error
-    # On loopback the answer is there already, but for a server whose queue is full.
+    # On loopback the answer is there already, but for a server whose queue is full. It may be over, too.
     if is_connecting(new):
         return errno.EINPROGRESS
-    return 0 if is_established(new) else new.connect_ex((place.host, place.port)) or errno.ECONNREFUSED
+    return new.connect_ex((place.host, place.port)) or errno.ECONNREFUSED if is_closed(new) else 0
 
 
 def _state(sock: socket.socket) -> int:

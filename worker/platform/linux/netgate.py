@@ -106,8 +106,10 @@ class NetGate:
     """Answers the calls of all programs under one filter.
 
     `api` answers those for unix sockets, where there is a host API. `inside` are sockets for the relay, which the
-    first gate of a container has.
+    first gate of a container has. CALLS are all that the filter asks about, beside those of `api`.
     """
+
+    CALLS = ("bind", "connect", "listen", "epoll_create", "epoll_create1")
 
     def __init__(self, listener: Listener, outside: Outside, api: Gate | None, inside: Sequence[int]) -> None:
         self.ended = False
@@ -117,12 +119,9 @@ class NetGate:
         self._pending: dict[int, Pending] = {}
         self._events = select.epoll()
         self._watched: dict[int, Callable[[], None]] = {}
-        self._calls = {
-            number_of("connect"): self._connects,
-            number_of("bind"): self._binds,
-            number_of("listen"): self._listens,
-        }
-        self._epoll_creates = {number_of("epoll_create"), number_of("epoll_create1")}
+        bind, connect, listen, *epoll_creates = (number_of(call) for call in self.CALLS)
+        self._calls = {bind: self._binds, connect: self._connects, listen: self._listens}
+        self._epoll_creates = frozenset(epoll_creates)
         self._events.register(listener.fd, select.EPOLLIN)
         self._relay: Relay | None = None
         if inside:
@@ -314,7 +313,7 @@ class NetGate:
         place = netrules.bind_place(
             raw, kind.family, ports.bind if kind.tcp else ports.udp_bind, only_v6=only_v6
         )
-        if place is not None and place.port < _first_open_port():
+        if 0 < netrules.port_in(raw, kind.family) < _first_open_port():
             return errno.EACCES
         if kind.udp:
             return self._bind_udp(notice, sock, raw, place)
@@ -375,7 +374,7 @@ def _deadline(sock: socket.socket) -> float | None:
 
 
 def _first_open_port() -> int:
-    """What a program without capabilities may bind in the host's network begins here."""
+    """What a program without capabilities may bind begins here. The shim may more, in either network."""
     with open(_UNPRIVILEGED, "rb") as file:
         return int(file.read())
 

@@ -95,6 +95,11 @@ def bind_place(raw: bytes, family: int, ports: frozenset[int], *, only_v6: bool)
     return _on_loopback(host, port)
 
 
+def port_in(raw: bytes, family: int) -> int:
+    """The port of an address, 0 when it has none or the kernel will refuse it."""
+    return _parse(raw, family)[1]
+
+
 def is_unspecific(raw: bytes) -> bool:
     """An address that takes a connection back (AF_UNSPEC)."""
     return raw[:2] == struct.pack("=H", socket.AF_UNSPEC)

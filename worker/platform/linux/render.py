@@ -9,7 +9,7 @@ from worker.platform.base import SandboxPolicy
 from . import seccomp
 from .system import SystemPath
 
-_ERRNO = {seccomp.ASK: "ask", 1: "EPERM", 13: "EACCES", 38: "ENOSYS", 95: "EOPNOTSUPP"}
+_ERRNO = {seccomp.ASK: "ask", 1: "EPERM", 2: "ENOENT", 13: "EACCES", 38: "ENOSYS", 95: "EOPNOTSUPP"}
 _STEPS = {
     "keyring": "a session keyring of its own",
     "groups": "no supplementary groups",
@@ -19,6 +19,9 @@ _STEPS = {
     "dumpable": "unreadable to other processes until its program runs",
 }
 OWN_PROC = "r     /proc/self  # the program's own, not its children's"
+
+
+OWN_NETWORK = "else     its own loopback  # these ports are the host's, on its loopback, by the shim; the rest is not there"
 
 
 def render(
@@ -49,7 +52,7 @@ def render(
         lines += ["", "[files]  # this kernel has no Landlock: whatever the worker's user may"]
     else:
         lines += _files(policy, landlock, system)
-    lines += _network(policy, landlock, steps.get("seccomp"))
+    lines += _network(policy, landlock, steps.get("seccomp"), plan.get("ports"))
     if "seccomp" in steps:
         lines += _calls(seccomp.rules(seccomp.Options(**steps["seccomp"])))
     lines += ["", "[not enforced]"]
@@ -75,31 +78,44 @@ def _root(root: dict[str, Any]) -> list[str]:
     return lines
 
 
+def port_heading(word: str, kind: str) -> str:
+    """How the line begins that says which ports are open; `decide` finds it again by this."""
+    return f"{word:<8} {kind}"
+
+
 def file_line(access: str, path: str, reason: str) -> str:
     """The line of a rule for files; `decide` finds it again by this."""
     return f"{access:<5} {path}  # {reason}"
 
 
 def _network(
-    policy: SandboxPolicy, landlock: dict[str, Any] | None, options: dict[str, Any] | None
+    policy: SandboxPolicy,
+    landlock: dict[str, Any] | None,
+    options: dict[str, Any] | None,
+    granted: dict[str, list[int]] | None,
 ) -> list[str]:
     network = policy.network
     lines = ["", f"[network]  # level {network.level.value}"]
     net = landlock["net"] if landlock is not None else ""
-    for letter, word in (("b", "bind"), ("c", "connect")):
+    if granted is not None:
+        for word, kind in (("bind", "tcp"), ("bind", "udp"), ("connect", "tcp"), ("connect", "udp")):
+            open_ports = " ".join(map(str, granted[word if kind == "tcp" else f"udp_{word}"]))
+            lines.append(f"{port_heading(word, kind)} {open_ports or 'nothing'}")
+        lines.append(OWN_NETWORK)
+    for letter, word in (("b", "bind"), ("c", "connect")) if granted is None else ():
         if letter not in net:
             ports = "any port"
         else:
             ports = (
                 " ".join(str(p) for p, letters in (landlock or {})["ports"] if letter in letters) or "nothing"
             )
-        lines.append(f"{word:<8} tcp {ports}")
+        lines.append(f"{port_heading(word, 'tcp')} {ports}")
     if options is not None:
         kinds = {"none": "none", "tcp": "tcp", "udp": "tcp udp", "any": "all of inet"}[options["inet"]]
         lines.append(f"sockets  {kinds}{' unix' if options['unix'] else ''}, unix pairs")
         if options.get("gate"):
             lines.append(f"unix     {network.api_socket}  # the host API's, through the shim; no other")
-    if network.denied_ports and "c" in net:
+    if network.denied_ports and "c" in net and granted is None:
         lines.append(f"never    tcp {' '.join(map(str, network.denied_ports))}  # the node's own")
     return lines
 

@@ -76,4 +76,5 @@ def _granted(rule: PathRule) -> list[Any]:
         return ["bind", ROOTED_API, rule.path, "data"]
     if rule.origin == "device":
         return ["bind", rule.path, rule.path, "dev"]
-    return ["bind", rule.path, rule.path, "data" if rule.access == "r" else "rw" if "w" in rule.access else "ro"]
+    access = "rw" if "w" in rule.access else "ro" if "x" in rule.access else "data"
+    return ["bind", rule.path, rule.path, access]
