@@ -167,6 +167,10 @@ class Agent:
                 for kind in ("password", "token"):
                     if kind in server.secret:
                         register_secret(server.secret[kind])
+            driver = platform_driver()
+            # What the machine can do is tried out in a process: that takes its time beside the rest.
+            probing = asyncio.get_running_loop().run_in_executor(None, driver.capabilities)
+            probing.add_done_callback(lambda probe: probe.cancelled() or probe.exception())
             data = DataDir.open(config.data_dir, node=config.node.name, takeover=takeover)
             stack.callback(data.close)
             host_api = HostApi.open(config.host_api, node=data.node, data_root=data.root)
@@ -175,7 +179,6 @@ class Agent:
             )
             stack.push_async_callback(journal.close)
             data.bind_epoch(journal.epoch)
-            driver = platform_driver()
             cloner = MeasuredCloner(driver, data.images, data.containers)
             images = ImageStore.open(data.images, cloner, max_bytes=config.images.limit_bytes)
             stack.callback(images.close)
@@ -191,7 +194,8 @@ class Agent:
             boot_id = machine_boot_id() or ""
             launcher = await attach_own(data, journal, boot_id)
             slots = config.node.slots or os.cpu_count() or 1
-            features = features_of(driver.capabilities(), changes_user=driver.changes_user())
+            capabilities = await probing
+            features = features_of(capabilities, changes_user=driver.changes_user())
             services = Services(
                 config=config,
                 node=data.node,
@@ -228,7 +232,7 @@ class Agent:
                 epoch=lambda: journal.epoch,
                 boot=journal.boot,
                 insecure=not has_credentials(config.nats),
-                capabilities=driver.capabilities(),
+                capabilities=capabilities,
                 features=features,
                 slots=slots,
                 slots_used=runtime.live_count,

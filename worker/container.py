@@ -26,11 +26,11 @@ from schemas.commands import Kill, Remove
 from schemas.errors import ContractError
 from schemas.events import CommandAccepted
 from schemas.status import ContainerStatus, State
-from worker.errors import Conflict, DeadlineExceeded, Internal, Interrupted, NotFound, ResourceExhausted
+from worker.admission import admit
+from worker.errors import Conflict, Internal, NotFound, ResourceExhausted
 from worker.journal import EventHead, Tx
-from worker.lifecycle import Trigger, Verdict, next_state, verdict
+from worker.lifecycle import Trigger, Verdict, next_state
 from worker.records import ContainerRecord, encode_record
-from worker.recovering import Begun, begun_before
 from worker.services import Services
 from worker.supervisor import ExitRecord
 from worker.work import Phase, Work, now_utc, write_completion, write_state
@@ -283,46 +283,13 @@ class ContainerActor:
 
     def check(self, work: Work) -> Verdict:
         """Deadline, instance and verb table. Raises the error the command ends in."""
-        if work.is_late(now_utc()):
-            self._refuse_late(work)
-        wanted = work.command.if_instance
-        if wanted is not None and self.record is not None and self.record.status.instance != wanted:
-            raise Conflict(
-                f"{self.cid} is instance {self.record.status.instance}, not {wanted}", field="if_instance"
-            )
-        if wanted is not None and self.record is None and work.verb in {"create", "run"}:
-            raise Conflict(f"{self.cid} has no instance {wanted}", field="if_instance")
-        found = verdict(
-            work.verb,
-            self.state,
-            replace=getattr(work.command, "replace", False),
-            force=getattr(work.command, "force", True),
-        )
-        if found is Verdict.NOT_FOUND and not work.overtook:
-            raise NotFound(f"there is no container {self.cid}", field="container")
-        if found is Verdict.CONFLICT and not work.overtook and not self._continues(work):
-            raise Conflict(f"{work.verb} is not possible: {self.cid} is {self.state}")
-        return found
+        return admit(work, self.cid, self.record, now_utc(), leaving=self._is_leaving)
 
-    def _refuse_late(self, work: Work) -> None:
-        """A command past its deadline is not begun; one that a dead worker had begun goes on."""
-        begun = Begun.NO
-        if work.recovered:
-            rootfs = self.services.data.container(self.cid).rootfs
-            leaving = self.record is not None and self.record.ready and not rootfs.exists()
-            begun = begun_before(work, self.record, leaving=leaving)
-        if begun is Begun.NO:
-            raise DeadlineExceeded(
-                f"the deadline {work.deadline.isoformat()} passed before {work.verb} began"
-            )
-        if begun is Begun.UNKNOWN:
-            raise Interrupted(
-                f"the worker died before it knew whether {work.verb} was begun, and its deadline has passed since"
-            )
-
-    def _continues(self, work: Work) -> bool:
-        """A create that a dead worker had begun finds the container it made itself."""
-        return work.recovered and self.record is not None and self.record.created_by == work.id
+    def _is_leaving(self) -> bool:
+        """Some of the directory is gone: a remove was begun."""
+        record = self.record
+        rootfs = self.services.data.container(self.cid).rootfs
+        return record is not None and record.ready and not rootfs.exists()
 
     def _first_step(self, work: Work) -> Begin | None:
         services = self.services

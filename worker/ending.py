@@ -162,7 +162,7 @@ class Ender:
         """The outcome of the run cannot be known any more."""
         await actor.transition(
             Trigger.LOST,
-            lambda r: r.with_status(reason=reason, message=message, finished_at=now_utc()),
+            lambda r: r.with_status(reason=reason, message=message, pid=None, finished_at=now_utc()),
             only_if=lambda r: r.status.state in LIVE,
         )
         if actor.record is not None:

@@ -181,6 +181,12 @@ class OutboxTx:
             raise Internal("the journal was written to outside of a transaction")
         return self._connection.execute(sql, values).rowcount
 
+    def _written(self, sql: str, values: tuple[Any, ...]) -> list[Any]:
+        """What a statement with RETURNING gives."""
+        if not self._writable:
+            raise Internal("the journal was written to outside of a transaction")
+        return self._connection.execute(sql, values).fetchall()
+
     def _value(self, sql: str, values: tuple[Any, ...] = ()) -> Any:
         row = self._connection.execute(sql, values).fetchone()
         return None if row is None else row[0]

@@ -60,19 +60,16 @@ class Tx(OutboxTx):
 
     def complete(self, command_id: str, result: bytes, at: datetime) -> None:
         """Keep the one result of an accepted command; its body goes."""
-        changed = self._write(
+        changed = self._written(
             "UPDATE commands SET body = x'', result = ?, completed_at = ?"
-            " WHERE id = ? AND completed_at IS NULL",
-            (result, to_us(at), command_id),
+            " WHERE id = ? AND completed_at IS NULL RETURNING coalesce(container, ?), stream_seq, stream_time",
+            (result, to_us(at), command_id, NODE_COMMANDS),
         )
         if not changed:
             if self.command(command_id) is None:
                 raise NotFound(f"no command {command_id} is known")
             raise Internal(f"the command {command_id} was completed twice")
-        container, seq, time = self._connection.execute(
-            "SELECT coalesce(container, ?), stream_seq, stream_time FROM commands WHERE id = ?",
-            (NODE_COMMANDS, command_id),
-        ).fetchone()
+        container, seq, time = changed[0]
         self._write(
             "INSERT INTO applied VALUES (?, ?, ?, ?) ON CONFLICT (container) DO UPDATE SET"
             " stream_seq = excluded.stream_seq, stream_time = excluded.stream_time,"

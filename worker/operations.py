@@ -129,7 +129,8 @@ class ContainerOperations:
     async def _create(
         self, actor: ContainerActor, work: Work, spec: ServiceSpec, *, start: bool
     ) -> dict[str, Any]:
-        refuse_when_draining(self._services, work)
+        if actor.record is None or actor.record.created_by != work.id:  # what was begun goes on
+            refuse_when_draining(self._services, work)
         work.phase = Phase.CREATING
         if actor.record is not None and actor.record.created_by != work.id:
             await self.ender.end_run_now(actor)
@@ -150,7 +151,12 @@ class ContainerOperations:
                 await self._abandon(actor, work, failure)
                 raise
             if start:
-                await self.starter.start(actor, work, also=ready, result=result, policy=policy)
+                try:
+                    await self.starter.start(actor, work, also=ready, result=result, policy=policy)
+                except ContractError:
+                    if actor.state is State.PENDING:  # refused before it began: the container is there
+                        await actor.update(ready, work=work)
+                    raise
         elif start:
             await self.starter.start(actor, work, result=result)
         return result

@@ -95,15 +95,16 @@ class Starter:
             if not isinstance(failure, ContractError):
                 raise
             error = failure
-            if work.overtaken_by is None:
-                await actor.transition(
-                    Trigger.START_FAILED,
-                    lambda r: r.with_status(
-                        reason=Reason.EXEC_FAILED, message=error.message, finished_at=now_utc()
-                    ),
-                    work=work,
-                    only_if=lambda r: r.status.state is State.INITIALIZING and r.status.run == run,
-                )
+            if work.overtaken_by is not None and actor.state is State.INITIALIZING:
+                await self._cancel_start(actor, work, 0)  # it failed by itself before it noticed
+            await actor.transition(
+                Trigger.START_FAILED,
+                lambda r: r.with_status(
+                    reason=Reason.EXEC_FAILED, message=error.message, finished_at=now_utc()
+                ),
+                work=work,
+                only_if=lambda r: r.status.state is State.INITIALIZING and r.status.run == run,
+            )
             raise
 
     def was_started(self, actor: ContainerActor, work: Work) -> bool:

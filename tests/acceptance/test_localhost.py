@@ -17,8 +17,8 @@ from worker.platform.linux import landlock, notify
 from worker.platform.linux.able import Able
 
 _able = Able()
-_WHY_NOT = _able.reason or _able.blind or (
-    "" if notify.supported() and landlock.abi() >= 4 else "needs Linux 6.7"
+_WHY_NOT = (
+    _able.reason or _able.blind or ("" if notify.supported() and landlock.abi() >= 4 else "needs Linux 6.7")
 )
 pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),
@@ -186,9 +186,7 @@ async def test_a_target_port_is_the_hosts(fleet: Fleet, cid: str) -> None:
 
 async def test_what_it_reaches(fleet: Fleet, cid: str, granted: Host, stranger: Host) -> None:
     neighbour = await serving(fleet, "neighbour-0")
-    status = await serving(
-        fleet, cid, network={"access": "localhost", "connect_ports": [granted.port]}
-    )
+    status = await serving(fleet, cid, network={"access": "localhost", "connect_ports": [granted.port]})
     lan = own_address() or "192.0.2.77"
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as datagrams:
         datagrams.bind(("0.0.0.0", 0))
@@ -266,9 +264,7 @@ async def test_the_node_says_so(fleet: Fleet, cid: str) -> None:
 
 
 async def test_what_the_profile_tells(fleet: Fleet, cid: str, granted: Host) -> None:
-    status = await serving(
-        fleet, cid, network={"access": "localhost", "connect_ports": [granted.port]}
-    )
+    status = await serving(fleet, cid, network={"access": "localhost", "connect_ports": [granted.port]})
     text = (await fleet.client.query("profile", container=cid))["text"]
     assert f"bind     tcp {status['port']}\n" in text
     assert "connect  udp 53\n" in text
@@ -304,9 +300,7 @@ async def test_nothing_is_left(fleet: Fleet, cid: str) -> None:
 
 
 async def test_a_killed_worker_changes_nothing(fleet: Fleet, cid: str, granted: Host) -> None:
-    status = await serving(
-        fleet, cid, network={"access": "localhost", "connect_ports": [granted.port]}
-    )
+    status = await serving(fleet, cid, network={"access": "localhost", "connect_ports": [granted.port]})
     fleet.worker.kill()
     assert await heard_from(status["port"]) == b"hello"
     boots = len({e["boot"] for e in fleet.client.events if e["type"] == "node_changed"})

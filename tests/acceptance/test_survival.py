@@ -123,6 +123,7 @@ async def test_the_launchers_death_is_told_and_leaves_no_orphan() -> None:
         os.kill(launcher, signal.SIGKILL)
         status = await client.state("tree-0", "failed")
         assert status["reason"] == "supervisor_lost"
+        assert status["pid"] is None
         assert not [pid for pid in members if alive(pid)]
         log = await client.log("tree-0")
         assert bytes(log.data) == b"ready\n"

@@ -1,6 +1,7 @@
 """`make bench`: what a fleet feels, each figure beside its rival or limit, measured in the same run.
 
-Prints tables and writes bench-results.json. Give names to run only some: start sandbox burst logs quiet idle adopt images pulls.
+Prints tables and writes bench-results.json. Give names to run only some: start sandbox network burst logs quiet idle adopt images pulls
+commands visible backlog.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.acceptance.harness import Fleet, P, until
-from tests.bench import images, pulls, sandbox
+from tests.bench import images, ledger, network, pulls, sandbox
 
 CONFIG = '[node]\nstats_interval_s = 10\n[policy]\nregister_roots = ["{images}"]\nread = ["{prefix}"]\n'
 BWRAP = ["bwrap", "--unshare-all", "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc", "true"]
@@ -152,6 +153,10 @@ async def bench_sandbox(fleet: Fleet) -> Rows:
     return await asyncio.to_thread(
         sandbox.rows, row, [path, *BWRAP[1:]] if have_bwrap else None, [os.path.realpath("/bin/true")]
     )
+
+
+async def bench_network(fleet: Fleet) -> Rows:
+    return await network.rows(fleet, row)
 
 
 async def bench_burst(fleet: Fleet) -> Rows:
@@ -367,12 +372,17 @@ async def bench_images(fleet: Fleet) -> Rows:
 BENCHES: dict[str, Callable[[Fleet], Awaitable[Rows]]] = {
     "start": bench_start,
     "sandbox": bench_sandbox,
+    "network": bench_network,
     "burst": bench_burst,
     "logs": bench_logs,
     "quiet": bench_quiet,
     "idle": bench_idle,
     "images": bench_images,
     "pulls": bench_pulls,
+    "commands": lambda fleet: ledger.commands(fleet, row),
+    "visible": lambda fleet: ledger.visible(fleet, row),
+    "backlog": lambda fleet: ledger.backlog(fleet, row),
+    "adopt": lambda fleet: ledger.adopt(fleet, row),
 }
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from .history import EVENTS, History, Violation
 from .judge_commands import check_commands
-from .judge_events import Events, Place, read_events, visible
+from .judge_events import Events, Place, Told, read_events, visible
 from .judge_logs import check_logs
 from .judge_states import check_states
 
@@ -22,13 +22,22 @@ def judge(history: History) -> list[Violation]:
     events = read_events(history)
     return [
         *events.violations,
-        *check_states(events.told),
+        *(violation for journal in _journals(history, events) for violation in check_states(journal)),
         *check_commands(history, events),
         *check_logs(history, events),
         *_check_lists(history, events),
         *(Violation("left behind", what) for what in history.left),
         *(Violation("fault", what) for what in history.faults),
     ]
+
+
+def _journals(history: History, events: Events) -> list[list[Told]]:
+    """The events of each journal: the node's own goes on after a takeover, a doomed one ends with its epoch."""
+    found: dict[str, list[Told]] = {}
+    for told in events.told:
+        epoch = told.place.epoch
+        found.setdefault(epoch if epoch in history.doomed else "", []).append(told)
+    return list(found.values())
 
 
 def _check_lists(history: History, events: Events) -> Iterator[Violation]:

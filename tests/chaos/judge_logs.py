@@ -7,6 +7,7 @@ a run can be computed from the number of the program, which its lines name.
 import re
 from collections import defaultdict
 from collections.abc import Iterator
+from itertools import groupby
 from typing import NamedTuple
 
 from .history import LOGS, History, Message, Violation, Witness
@@ -112,18 +113,21 @@ def _parse(history: History, message: Message, found: list[Violation]) -> tuple[
 
 
 def _check_places(history: History, key: Key, chunks: list[Chunk]) -> Iterator[Violation]:
-    """Within a generation each chunk begins where the one before it ended, but for what was lost with the
-    stream. One that the server refused may stand behind later ones: then only its place counts.
+    """Whatever the stream held at one time: each chunk begins where the one before it ended, but for what was
+    lost with the stream. One that the server refused may stand behind later ones: then only its place counts.
     """
-    for generation in sorted({chunk.generation for chunk in chunks}):
-        stored = [chunk for chunk in chunks if chunk.generation == generation]
-        placed = sorted(stored, key=_place)
-        if placed != stored and not history.refusals:
-            yield Violation("log out of order", f"{key}, generation {generation}")
+    generation, reached = 0, 0
+    for life in _lives(history, chunks):
+        placed = sorted(life, key=_place)
+        if placed != life and not history.refusals:
+            yield Violation("log out of order", f"{key}, generation {placed[0].generation}")
+        if placed[0].generation != generation:
+            generation, reached = placed[0].generation, 0
         unread = _unread(history, generation)
         before: Chunk | None = None
         for chunk in placed:
-            expected = 0 if before is None else before.end
+            # What was purged may be told again: its id was forgotten with it.
+            expected = min(reached, chunk.offset) if before is None else before.end
             if chunk.offset < expected:
                 yield Violation(
                     "log bytes twice", f"{key} at {chunk.offset}, told up to {expected} (run {chunk.run})"
@@ -133,7 +137,20 @@ def _check_places(history: History, key: Key, chunks: list[Chunk]) -> Iterator[V
                     "log bytes lost", f"{key}: {expected} to {chunk.offset} is neither there nor covered"
                 )
             before = chunk
+            reached = max(reached, chunk.end)
         yield from _check_ends(key, placed)
+
+
+def _lives(history: History, chunks: list[Chunk]) -> Iterator[list[Chunk]]:
+    """The chunks, in their order in the stream, of each time between two losses."""
+    purges = [loss for loss in history.lost(LOGS) if loss.what == "purged"]
+
+    def life(chunk: Chunk) -> tuple[int, int]:
+        before = [p for p in purges if p.generation == chunk.generation and p.upto < chunk.stream_seq]
+        return chunk.generation, len(before)
+
+    for _, members in groupby(chunks, key=life):
+        yield list(members)
 
 
 def _place(chunk: Chunk) -> tuple[int, int, int]:

@@ -14,7 +14,7 @@ from .plan import Action, plan
 from .programs import IMAGE, read_witnesses
 from .publisher import Publisher
 from .reader import Reader, ReadFailed, connect
-from .scheduler import NAMES
+from .scheduler import NAMES, QUIET
 from .world import NODE, World, open_world
 
 READY_S = 30.0
@@ -77,16 +77,16 @@ class Run:
             async with asyncio.TaskGroup() as tasks:
                 for action in actions:
                     await asyncio.sleep(max(0.0, began + action.at_s - loop.time()))
-                    tasks.create_task(self._do(action, loop.time() - began), name=action.kind)
+                    tasks.create_task(self._do(action), name=action.kind)
         finally:
             watching.cancel()
             await asyncio.gather(watching, return_exceptions=True)
 
-    async def _do(self, action: Action, at_s: float) -> None:
+    async def _do(self, action: Action) -> None:
         if action.kind in COMMAND_KINDS:
             await self.publisher.do(action)
             return
-        self.say(f"  {at_s:7.3f} begin {action.kind} {action.args}")
+        self.say(f"  {self.publisher.now():7.3f} begin {action.kind} {action.args}")
         await self.injector.do(action)
         self.say(f"  {self.publisher.now():7.3f} done  {action.kind}")
 
@@ -160,9 +160,13 @@ class Run:
 
     async def end(self) -> None:
         """Remove everything and look what is left, first of the containers, then of all."""
-        names = {status["container"] for listed in self.history.listed for status in listed.containers}
-        for cid in sorted({*names, *NAMES}):
-            await self.command(cid, "remove")
+        deadline = time.monotonic() + READY_S
+        names = {*NAMES, *QUIET}
+        while names and time.monotonic() < deadline:
+            # Asked again where it was refused: after a loss of commands a new one may be taken for a late one.
+            for cid in sorted(names):
+                await self.command(cid, "remove")
+            names = {status["container"] for status in await self._list() or []}
         await self.calm()
         await self.compare_lists()
         left: list[str] = []

@@ -36,6 +36,8 @@ TOOLS = (
 _UNUSED = {"test", "tests", "idlelib", "lib2to3", "turtledemo", "tkinter", "__pycache__", "site-packages"}
 _UNUSED_NATIVE = re.compile(r"_tkinter|_test|_ctypes_test|xx")
 _LIBRARY = re.compile(r"^\s+(?:\S+ => )?(/\S+) \(0x", re.MULTILINE)
+# Of libc, but of no program here: wheels ask for them, and for the last when a thread of Python ends.
+_BESIDE_LIBC = ("libpthread.so.0", "libdl.so.2", "librt.so.1", "libutil.so.1", "libm.so.6", "libgcc_s.so.1")
 _ROOT_FILES = {
     "etc/passwd": "root:x:0:0:root:/root:/bin/sh\n",
     "etc/group": "root:x:0:\n",
@@ -94,17 +96,18 @@ def libraries(programs: Iterable[Path]) -> list[str]:
     for program in programs:
         listed = subprocess.run(["ldd", str(program)], capture_output=True, text=True, check=False)
         found.update(_LIBRARY.findall(listed.stdout))
-    # Loaded by libc when a thread of Python ends; no program names it.
-    unwinder = [Path(library).with_name("libgcc_s.so.1") for library in found if "/libc.so." in library]
-    return sorted(found | {str(path) for path in unwinder if path.exists()})
+    folders = [Path(library).parent for library in found if "/libc.so." in library]
+    beside = [folder / name for folder in folders for name in _BESIDE_LIBC]
+    return sorted(found | {str(path) for path in beside if path.exists()})
 
 
 def _in_usr(path: str) -> str:
-    """Where it belongs in a system whose /lib is a link to /usr/lib."""
-    for folder in ("/lib64/", "/lib/", "/bin/"):
-        if path.startswith(folder):
-            return f"usr{path}"
-    return path[1:]
+    """Where the loader finds a library in a system whose /lib is a link to /usr/lib, without a cache of its own."""
+    if path.startswith("/usr/"):
+        return path[1:]
+    if path.startswith(("/lib/", "/lib64/")):
+        return f"usr{path}"
+    return f"usr/lib/{os.path.basename(path)}"  # of a Python with a prefix of its own
 
 
 def _slim(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:

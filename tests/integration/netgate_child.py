@@ -14,7 +14,9 @@ import signal
 import socket
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -49,7 +51,7 @@ sandboxes = Sandboxes()
 sandboxes.load()
 
 
-def attempt(what, *arguments):
+def attempt(what: Callable[..., object], *arguments: object) -> str:
     try:
         what(*arguments)
     except OSError as failure:
@@ -60,7 +62,7 @@ def attempt(what, *arguments):
 class Programs:
     """The shim's part: one container, whose programs run one after the other."""
 
-    def __init__(self, task: dict) -> None:
+    def __init__(self, task: dict[str, Any]) -> None:
         self.task = task
         self.poll = select.poll()
         self.gates = Gates(self.poll, sandboxes)
@@ -109,13 +111,16 @@ class Programs:
         return error.decode(), text.decode(errors="replace")
 
 
-def become(task: dict, code: str, argv: list[str] | None, namespaces: list[int], tell: int, saying: int) -> None:
+def become(
+    task: dict[str, Any], code: str, argv: list[str] | None, namespaces: list[int], tell: int, saying: int
+) -> None:
     try:
         plan = task["plan"]
         os.setsid()
         if plan is not None:
             sandboxes.enter(plan, namespaces, lambda *told: report.give_place(tell, *told))
             listener = sandboxes.apply(plan)
+            assert listener is not None
             descriptors, words = sandboxes.questions(plan, joined=bool(namespaces))
             report.hand_over(tell, [listener, *descriptors], words)
             os.chdir("/")
@@ -133,7 +138,10 @@ def become(task: dict, code: str, argv: list[str] | None, namespaces: list[int],
             os.execve(argv[0], argv, {"PATH": "/usr/bin:/bin"})
         os.close(tell)
         names = {module.__name__: module for module in _MODULES} | {"http": http, **task["names"]}
-        names |= {"attempt": attempt, "say": lambda *words: os.write(1, (" ".join(map(str, words)) + "\n").encode())}
+        names |= {
+            "attempt": attempt,
+            "say": lambda *words: os.write(1, (" ".join(map(str, words)) + "\n").encode()),
+        }
         exec(code, names)
     except SandboxFailed as failure:
         os.write(tell, f"{failure.step}: {failure}".encode())
@@ -142,7 +150,7 @@ def become(task: dict, code: str, argv: list[str] | None, namespaces: list[int],
     os._exit(0)
 
 
-def stage(task: dict, writing: int) -> None:
+def stage(task: dict[str, Any], writing: int) -> None:
     """One task, in a process of its own whose user can be changed."""
     answer = {"error": "", "said": "", "joined": ""}
     try:

@@ -69,7 +69,9 @@ class Box:
             plan["root"]["user"] = [self.uid or os.getuid(), self.uid or os.getgid()]
         return plan
 
-    def start(self, code: str, argv: list[str] | None = None, join: str = "", *, free: bool = False, **names: Any) -> None:
+    def start(
+        self, code: str, *, argv: list[str] | None = None, join: str = "", free: bool = False, **names: Any
+    ) -> None:
         """Begin; `free` is without any sandbox, to prove an attempt alive."""
         if self.uid is not None:
             for path in (self.top, *self.top.rglob("*")):

@@ -4,6 +4,7 @@ Everything runs in a machine of its own, see `attack_machine`. What should come 
 """
 
 import hashlib
+import json
 import os
 import socket
 from pathlib import Path
@@ -73,15 +74,15 @@ def test_every_attempt_has_its_row(report: Report) -> None:
     assert set(report.control.told) == set(ROWS)
 
 
-def test_every_attempt_is_alive_outside(report: Report, record_property: Any) -> None:
-    """But for those that need what this kernel or user has not got, each with the errno that it met."""
+def test_every_attempt_is_alive_outside(report: Report) -> None:
+    """But for those that need what this kernel or user has not got: `pytest -rP` lists them with what they met."""
     control = report.control
     dead = set(ROWS) - control.through
     reasons = {"kernel", "host", "user" if report.root else "root"}
     without_reason = {name for name in dead if not reasons & set(ROWS[name].needs.split())}
     assert not without_reason, control.errno_of(without_reason)
     assert len(control.through) >= 60
-    record_property("not available here", control.errno_of(dead))
+    print(f"{len(control.through)} alive; not available here: {json.dumps(control.errno_of(dead), indent=1)}")
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -153,12 +154,12 @@ def trees(
 
 
 @pytest.mark.parametrize("isolation", ISOLATIONS)
-def test_no_tree_outlives_a_stop(trees: list[Any], isolation: str, record_property: Any) -> None:
+def test_no_tree_outlives_a_stop(trees: list[Any], isolation: str) -> None:
     """In a machine of its own every process that is left can be seen, whatever it did to hide."""
     mine = [tree for tree in trees if tree["isolation"] == isolation]
     if not mine:
         pytest.skip(f"there is no isolation {isolation} here")
-    record_property("seconds", {tree["tree"]: round(tree["seconds"], 3) for tree in mine})
+    print("seconds:", {tree["tree"]: round(tree["seconds"], 3) for tree in mine})
     for tree in mine:
         assert tree["left"] == [], tree
         assert tree["most"] >= (30 if tree["tree"] == "bomb" else 0), tree

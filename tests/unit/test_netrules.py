@@ -106,8 +106,13 @@ def test_taking_a_connection_back() -> None:
     assert not is_unspecific(b"\0")
 
 
-@given(st.binary(max_size=40) | st.tuples(st.sampled_from([V4, V6]), st.binary(max_size=30)).map(
-    lambda parts: struct.pack("=H", parts[0]) + parts[1]), st.sampled_from([V4, V6]), st.sets(st.integers(0, 65535)))  # fmt: skip
+families = st.sampled_from([V4, V6])
+addresses = st.tuples(families, st.binary(max_size=30)).map(
+    lambda parts: struct.pack("=H", parts[0]) + parts[1]
+)
+
+
+@given(st.binary(max_size=40) | addresses, families, st.sets(st.integers(0, 65535)))
 def test_no_address_leads_off_loopback_or_to_another_port(raw: bytes, family: int, ports: set[int]) -> None:
     for place in (
         connect_place(raw, family, frozenset(ports)),
@@ -135,7 +140,9 @@ def test_every_port_there_is_can_be_told() -> None:
 
 
 @given(some_ports, some_ports, some_ports, some_ports)
-def test_denied_ports_beat_every_grant(bind: set[int], connect: set[int], udp: set[int], denied: set[int]) -> None:
+def test_denied_ports_beat_every_grant(
+    bind: set[int], connect: set[int], udp: set[int], denied: set[int]
+) -> None:
     ports = Ports.of_plan(granted(bind, connect, udp, denied))
     assert ports.bind == bind - denied
     assert ports.connect == connect - denied

@@ -19,11 +19,12 @@ from loguru import logger
 from schemas.subjects import Subjects
 from worker.bus.batches import EventWriter
 from worker.bus.connection import Bus
+from worker.bus.facts import Facts, Looker, head_of
 from worker.bus.failures import JetStreamError, NoAnswer, NotConnected
 from worker.bus.jetstream import StreamNames
-from worker.bus.recovery import Decision, GoOn, IsFenced, Shown, Stream, decide, may_be_stale, needs_deleted
+from worker.bus.recovery import GoOn, IsFenced, Shown, Stream
 from worker.clock import Clock, utc_now
-from worker.errors import Configuration, ContractError, Fenced, ResourceExhausted, Unavailable
+from worker.errors import ContractError, Fenced, ResourceExhausted, Unavailable
 from worker.journal import Journal, OutboxRow, StreamPosition, Tx
 
 READ_EVENTS = 1000
@@ -35,33 +36,6 @@ LONGEST_PATIENCE_S = 5.0
 RETRY_S = 0.02
 LONGEST_RETRY_S = 2.0
 REPORT_EVERY_S = 30.0
-STALE_LOOKS = 8
-STALE_PAUSE_S = 0.25
-
-
-class _Head(msgspec.Struct, frozen=True):
-    epoch: str
-    boot: str
-    seq: int
-
-
-class _Facts(msgspec.Struct, frozen=True):
-    """What a decision is made from."""
-
-    epoch: str
-    position: StreamPosition | None
-    stream: Stream
-    shown: Shown | None
-
-    def decide(self) -> Decision:
-        return decide(epoch=self.epoch, position=self.position, stream=self.stream, shown=self.shown)
-
-    def may_be_stale(self) -> bool:
-        stale = may_be_stale(position=self.position, stream=self.stream, shown=self.shown)
-        return stale and isinstance(self.decide(), IsFenced)
-
-
-_head = msgspec.json.Decoder(_Head)
 
 
 class OutboxPublisher:
@@ -79,7 +53,6 @@ class OutboxPublisher:
         self.writer = EventWriter(bus, subjects.events_of(journal.node))
         self._bus = bus
         self._journal = journal
-        self._pattern = subjects.events_of(journal.node)
         self._clock = clock
         self._expected = 0
         self._created = ""
@@ -94,6 +67,13 @@ class OutboxPublisher:
         self._ack: StreamPosition | None = None  # to be recorded
         self._ack_added = asyncio.Event()
         self._told = float("-inf")
+        self._looker = Looker(
+            bus,
+            journal,
+            stream=self.stream,
+            pattern=subjects.events_of(journal.node),
+            position=lambda: (self._position_known, self._position),
+        )
         journal.on_outbox = self.wake
 
     def wake(self) -> None:
@@ -120,14 +100,14 @@ class OutboxPublisher:
         await self._take_over(facts, facts.shown)
         return True
 
-    async def _take_over(self, facts: _Facts, shown: Shown) -> None:
+    async def _take_over(self, facts: Facts, shown: Shown) -> None:
         base = await self._journal.transact(lambda tx: _begin_epoch(tx, self.stream, facts.stream, shown))
         facts = msgspec.structs.replace(facts, epoch=self._journal.epoch, position=base)
         await self._apply(facts, GoOn(sent=0, expected=shown.stream_seq))
 
     async def check_fence(self) -> None:
         """Fenced when another worker has published under this name meanwhile; Unavailable when unknown."""
-        facts = await self._facts()
+        facts = await self._looker.facts(self._patience_s)
         decision = facts.decide()
         if isinstance(decision, IsFenced):
             raise Fenced(decision.why)
@@ -263,7 +243,7 @@ class OutboxPublisher:
         ack = await self.writer.write(rows, expected=self._expected, patience_s=self._patience_s)
         for _ in rows:
             self._rows.popleft()
-        head = _head.decode(rows[-1].payload)
+        head = head_of(rows[-1].payload)
         self._position = self._ack = StreamPosition(
             created=self._created,
             last_seq=ack.seq,
@@ -284,17 +264,17 @@ class OutboxPublisher:
 
     async def _recover(self) -> None:
         """Look where the stream stands and go on from there. Fenced, Unavailable."""
-        facts = await self._facts()
+        facts = await self._looker.facts(self._patience_s)
         decision = facts.decide()
         if isinstance(decision, IsFenced):
             raise Fenced(decision.why)
         await self._apply(facts, decision)
 
-    async def _facts_at_last(self) -> _Facts:
+    async def _facts_at_last(self) -> Facts:
         failures = 0
         while True:
             try:
-                return await self._facts()
+                return await self._looker.facts(self._patience_s)
             except Unavailable as failure:
                 self._lose_patience(failure)
                 failures += 1
@@ -304,50 +284,7 @@ class OutboxPublisher:
             await asyncio.sleep(pause * random.uniform(0.3, 1.0))
             await self._bus.wait_connected()
 
-    async def _facts(self) -> _Facts:
-        """What can be believed: a replica that lags behind is asked again."""
-        facts = await self._look()
-        for _ in range(STALE_LOOKS):
-            if not facts.may_be_stale():
-                break
-            await asyncio.sleep(STALE_PAUSE_S)
-            facts = await self._look()
-        return facts
-
-    async def _look(self) -> _Facts:
-        """Of one connection: the stream first, so that what is shown is not older than it."""
-        session = self._bus.session
-        js, patience_s = self._bus.js, self._patience_s
-        info = await js.stream_info(self.stream, timeout=patience_s)
-        if not info.config.get("allow_direct"):
-            raise Configuration(f"the stream {self.stream} does not allow direct get, which a worker needs")
-        stream = Stream(info.created, info.first_seq, info.last_seq, info.num_deleted)
-        message = await js.last_message(self.stream, self._pattern, timeout=patience_s)
-        head: _Head | None = None
-        if message is not None:
-            try:
-                head = _head.decode(message.data)
-            except (msgspec.DecodeError, UnicodeDecodeError):
-                head = _Head(epoch="", boot="", seq=0)
-
-        def look(tx: Tx) -> tuple[str, StreamPosition | None, bool]:
-            ours = head is not None and tx.owns(head.epoch, head.boot, head.seq)
-            return tx.epoch, tx.position(self.stream), ours
-
-        epoch, position, ours = await self._journal.read(look)
-        if self._position_known:
-            position = self._position
-        shown = None
-        if message is not None and head is not None:
-            shown = Shown(message.stream_seq, head.epoch, head.boot, head.seq, ours)
-        if needs_deleted(epoch=epoch, position=position, stream=stream, shown=shown):
-            info = await js.stream_info(self.stream, deleted=True, timeout=3 * LONGEST_PATIENCE_S)
-            stream = Stream(info.created, info.first_seq, info.last_seq, info.num_deleted, info.deleted)
-        if session != self._bus.session:
-            raise NotConnected("the connection changed while the stream was looked at")
-        return _Facts(epoch, position, stream, shown)
-
-    async def _apply(self, facts: _Facts, decision: GoOn) -> None:
+    async def _apply(self, facts: Facts, decision: GoOn) -> None:
         if decision.why:
             logger.info("events go on after {}: {}", decision.sent, decision.why)
 

@@ -2,6 +2,7 @@
 differs:
 
 nobody answers              Refused       a worker waits and tries again
+it closes, or stays silent  Refused       a server that is going down or hangs, a proxy without one behind it
 something else answers      Configuration the address is wrong
 too old, no TLS, credentials missing     Configuration
 
@@ -86,11 +87,9 @@ async def _first_line(
         async with asyncio.timeout(ANSWER_TIMEOUT_S):
             return await _line(reader, server)
     except TimeoutError:
-        raise Configuration(
-            f"{server.url} accepts connections but does not greet as a NATS server does", field="nats.url"
-        ) from None
+        raise Refused(f"{server.url} accepts connections but does not greet as a NATS server does") from None
     except OSError:
-        raise _no_nats(server, "it closed the connection") from None
+        raise _closed(server) from None
 
 
 async def _line(reader: asyncio.StreamReader, server: Server) -> bytes:
@@ -99,9 +98,9 @@ async def _line(reader: asyncio.StreamReader, server: Server) -> bytes:
     except (ValueError, asyncio.LimitOverrunError):
         raise _no_nats(server, "it sends something else") from None
     except OSError:
-        raise _no_nats(server, "it closed the connection") from None
+        raise _closed(server) from None
     if not line:
-        raise _no_nats(server, "it closed the connection")
+        raise _closed(server)
     return line
 
 
@@ -166,6 +165,10 @@ def check_version(version: str, url: str) -> None:
             f"the NATS server at {url} is version {version[:40]}: "
             f"{wanted} or newer is needed (atomic batches)"
         )
+
+
+def _closed(server: Server) -> Refused:
+    return Refused(f"{server.url} closed the connection before it greeted as a NATS server does")
 
 
 def _no_nats(server: Server, why: str) -> Configuration:

@@ -145,10 +145,12 @@ def _become(birth: Birth, order: dict[str, Any]) -> None:
             # Its parent has no number where it is now, and notices by itself.
             follow = partial(birth.table.follow_parent, signal.SIGKILL)
             follow()
+        step = "gate"
+        descriptors, words = birth.sandboxes.questions(order["plan"], joined=bool(namespaces))
+        step = "sandbox"
         listener = birth.sandboxes.apply(order["plan"])
         if listener is not None:
             step = "gate"
-            descriptors, words = birth.sandboxes.questions(order["plan"], joined=bool(namespaces))
             hand_over(birth.report, [listener, *descriptors], words)
         step = "chdir"
         if birth.table.exact:

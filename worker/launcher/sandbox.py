@@ -141,8 +141,11 @@ class Sandboxes:
         return None if open_groups is None else open_groups(name)
 
     def questions(self, plan: dict[str, Any], *, joined: bool) -> tuple[list[int], bytes]:
-        """What `gate` needs beside the listener that `apply` gave. OSError."""
-        found: tuple[list[int], bytes] = self._module.questions(plan, joined)
+        """What `gate` needs beside the listener that `apply` will give, in this process. OSError."""
+        questions = getattr(self._module, "questions", None)
+        if questions is None or plan["platform"] == NO_SANDBOX:
+            return [], b""
+        found: tuple[list[int], bytes] = questions(plan, joined)
         return found
 
     def gate(self, descriptors: Sequence[int], words: bytes, first: Any) -> Any:

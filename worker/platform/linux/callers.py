@@ -10,9 +10,8 @@ import os
 
 from .libc import syscall
 
-_PIDFD_GETFD = 438
+_PIDFD_OPEN, _PIDFD_GETFD = 434, 438
 _PIDFD_THREAD = os.O_EXCL  # Linux 6.9
-_FLAGS = b"flags:"
 
 
 class Caller:
@@ -44,16 +43,17 @@ class Caller:
         return syscall(_PIDFD_GETFD, self._pidfd, number, 0)
 
     def closes_on_exec(self, number: int) -> bool:
-        with open(f"/proc/{self.pid}/fdinfo/{number}", "rb") as info:
-            for line in info:
-                if line.startswith(_FLAGS):
-                    return bool(int(line[len(_FLAGS) :], 8) & os.O_CLOEXEC)
-        return False
+        info = os.open(f"/proc/{self.pid}/fdinfo/{number}", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            flags = os.read(info, 256).partition(b"flags:")[2].split(maxsplit=1)[0]
+        finally:
+            os.close(info)
+        return bool(int(flags, 8) & os.O_CLOEXEC)
 
 
 def _open(pid: int) -> int:
     try:
-        return os.pidfd_open(pid, _PIDFD_THREAD)
+        return syscall(_PIDFD_OPEN, pid, _PIDFD_THREAD)
     except OSError as failure:
         if failure.errno != errno.EINVAL:
             raise
@@ -61,7 +61,7 @@ def _open(pid: int) -> int:
     with open(f"/proc/{pid}/status", "rb") as status:
         for line in status:
             if line.startswith(b"Tgid:"):
-                return os.pidfd_open(int(line[5:]))
+                return syscall(_PIDFD_OPEN, int(line[5:]), 0)
     raise ProcessLookupError(errno.ESRCH, "it has ended")
 
 

@@ -207,15 +207,16 @@ def open_groups(name: str) -> cgroups.Cgroups | None:
 
 
 def questions(plan: dict[str, Any], joined: bool) -> tuple[list[int], bytes]:
-    """What `open_gate` needs beside the listener: descriptors and words. To be called where `apply` gave a listener,
-    in the same process; `joined` in one that has joined a container. OSError.
+    """What `open_gate` needs beside the listener that `apply` will give: descriptors and words.
+
+    To be called in the same process, while it may still bind any port; `joined` in one that has joined a container.
+    OSError.
     """
     path = os.fsencode(plan.get("gate", ""))
     if "ports" not in plan:
         return [], path
     ports = Ports.of_plan(plan["ports"])
-    wanted = 0 if joined else len(ports.udp_connect) + bool(ports.udp_bind)
-    return relay.sockets(wanted), path + b"\0" + ports.packed()
+    return [] if joined else relay.sockets(ports), path + b"\0" + ports.packed()
 
 
 def open_gate(descriptors: Sequence[int], words: bytes, first: Any = None) -> Gate | NetGate:

@@ -13,6 +13,7 @@ Facts are those of socket(7), tcp(7), ip(7), ipv6(7), and of linux/net/core/sock
 
 import contextlib
 import errno
+import os
 import socket
 from collections.abc import Iterator
 
@@ -20,7 +21,8 @@ from .netrules import Place
 
 _IPPROTO_TCP, _IPPROTO_IP, _IPPROTO_IPV6 = socket.IPPROTO_TCP, socket.IPPROTO_IP, socket.IPPROTO_IPV6
 _SO_COOKIE, _SO_BUF_LOCK, _SO_NETNS_COOKIE = 57, 72, 71
-_SO_SNDBUF, _SO_RCVBUF = 7, 8
+_SO_SNDBUF, _SO_RCVBUF, _SO_BINDTODEVICE = 7, 8, 25
+_AF_NETLINK = 16
 _SO_PROTOCOL, _SO_DOMAIN = 38, 39
 _BIND_ADDRESS_NO_PORT = 24
 _IPV6_V6ONLY = 26
@@ -51,7 +53,7 @@ class Kind:
         self.tcp = self.inet and self.protocol == _IPPROTO_TCP
         self.udp = self.inet and self.protocol == socket.IPPROTO_UDP
         # All that a program can have of these belongs to its own network.
-        self.harmless = self.udp or self.family in (socket.AF_UNIX, socket.AF_NETLINK)
+        self.harmless = self.udp or self.family in (socket.AF_UNIX, _AF_NETLINK)
 
 
 def taken(fd: int) -> socket.socket:
@@ -92,7 +94,7 @@ def is_bound(sock: socket.socket) -> bool:
 def like(old: socket.socket) -> Iterator[socket.socket]:
     """A socket of this process's network with the options of another; closed in the end. It does not block."""
     family = old.getsockopt(socket.SOL_SOCKET, _SO_DOMAIN)
-    with socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK, _IPPROTO_TCP) as new:
+    with socket.socket(family, socket.SOCK_STREAM | os.O_NONBLOCK, _IPPROTO_TCP) as new:
         for (level, option), default in _defaults_of(family).items():
             value = old.getsockopt(level, option, _WIDEST)
             if value != default:
@@ -111,7 +113,7 @@ def bind(new: socket.socket, place: Place) -> None:
     """Make it a server of a granted port. OSError, as of bind(2)."""
     if place.both:
         # One socket for both families; packets from other machines come by other devices than this one.
-        new.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo")
+        new.setsockopt(socket.SOL_SOCKET, _SO_BINDTODEVICE, b"lo")
     new.bind((place.host, place.port))
 
 

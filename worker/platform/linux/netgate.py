@@ -32,7 +32,7 @@ import socket
 import struct
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from . import hostsocket, netrules
 from .callers import Caller
@@ -51,6 +51,7 @@ _MOST_SERVERS = 1024
 _LOOK_AGAIN_MS = 100
 _TURN = 8
 _UNPRIVILEGED = "/proc/sys/net/ipv4/ip_unprivileged_port_start"
+_READABLE, _WRITABLE = 0x1, 0x4  # EPOLLIN, EPOLLOUT
 _SO_SNDTIMEO, _TIMEVAL = 21, struct.Struct("@qq")
 
 _connect = function("connect")
@@ -117,12 +118,12 @@ class NetGate:
         self._listener = listener
         self._api = api
         self._pending: dict[int, Pending] = {}
-        self._events = select.epoll()
+        self._events: Any = vars(select)["epoll"]()  # which only Linux has
         self._watched: dict[int, Callable[[], None]] = {}
         bind, connect, listen, *epoll_creates = (number_of(call) for call in self.CALLS)
         self._calls = {bind: self._binds, connect: self._connects, listen: self._listens}
         self._epoll_creates = frozenset(epoll_creates)
-        self._events.register(listener.fd, select.EPOLLIN)
+        self._events.register(listener.fd, _READABLE)
         self._relay: Relay | None = None
         if inside:
             relay = Relay(inside, outside.ports.udp_connect, self._watch, self._forget)
@@ -130,7 +131,8 @@ class NetGate:
         signal.signal(signal.SIGALRM, _interrupt)
 
     def fileno(self) -> int:
-        return self._events.fileno()
+        fd: int = self._events.fileno()
+        return fd
 
     def serve(self) -> None:
         """Answer whatever is ready, for a while."""
@@ -141,7 +143,7 @@ class NetGate:
                     watched = self._watched.get(fd)
                     if watched is not None:
                         watched()
-                elif event & select.EPOLLIN:
+                elif event & _READABLE:
                     self._serve_one()
                 else:
                     self.ended = True  # the last program under this filter
@@ -168,7 +170,7 @@ class NetGate:
         self._events.close()
         self._listener.close()
 
-    def _watch(self, fd: int, on_readable: Callable[[], None], event: int = select.EPOLLIN) -> None:
+    def _watch(self, fd: int, on_readable: Callable[[], None], event: int = _READABLE) -> None:
         self._events.register(fd, event)
         self._watched[fd] = on_readable
 
@@ -265,7 +267,7 @@ class NetGate:
         kept = pending._replace(sock=copy)
         fd = kept.sock.fileno()
         self._pending[fd] = kept
-        self._watch(fd, lambda: self._came(kept), select.EPOLLOUT)
+        self._watch(fd, lambda: self._came(kept), _WRITABLE)
         return None
 
     def _came(self, pending: Pending) -> None:

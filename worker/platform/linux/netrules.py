@@ -6,7 +6,6 @@ Addresses are those of ip(7) and ipv6(7).
 """
 
 import array
-import ipaddress
 import socket
 import struct
 from collections.abc import Iterable, Mapping
@@ -14,10 +13,14 @@ from typing import Any, NamedTuple
 
 _V4 = struct.Struct("!2xH4s")  # the family, in the machine's order, is read by itself
 _V6 = struct.Struct("!2xH4x16s")
-_LEAST: dict[int, int] = {socket.AF_INET: 16, socket.AF_INET6: 24}  # bytes of an address that the kernel wants
+_LEAST: dict[int, int] = {
+    socket.AF_INET: 16,
+    socket.AF_INET6: 24,
+}  # bytes of an address that the kernel wants
 MOST_BYTES = 128  # struct sockaddr_storage
 _MAPPED = bytes(10) + b"\xff\xff"
-_ANY6 = bytes(16)
+_ANY4, _ANY6 = bytes(4), bytes(16)
+_LOOPBACK4 = 127  # the first byte of all of them
 _LOOPBACK6 = bytes(15) + b"\1"
 _NAME_PORT = 53
 
@@ -122,10 +125,9 @@ def _parse(raw: bytes, family: int) -> tuple[bytes, int]:
 def _on_loopback(host: bytes, port: int) -> Place | None:
     """An address that means every one stands for the first."""
     if len(host) == 4:
-        v4 = ipaddress.IPv4Address(host)
-        if v4.is_unspecified:
+        if host == _ANY4:
             return Place("127.0.0.1", port)
-        return Place(str(v4), port) if v4.is_loopback else None
+        return Place(socket.inet_ntoa(host), port) if host[0] == _LOOPBACK4 else None
     if host.startswith(_MAPPED):
         found = _on_loopback(host[12:], port)
         return None if found is None else Place(f"::ffff:{found.host}", port)

@@ -53,9 +53,7 @@ class Peer(NamedTuple):
 
 
 class Relay:
-    """Owns its sockets. `inside` are unbound UDP sockets of the container's network: one for each port of `outward`,
-    then one for all that comes in, if anything may.
-    """
+    """Owns its sockets. `inside` are those of `sockets`."""
 
     def __init__(
         self, inside: Iterable[int], outward: Iterable[int], watch: Watch, forget: Callable[[int], None]
@@ -68,13 +66,12 @@ class Relay:
         self._peers: dict[str, Peer] = {}
         self._aliases: dict[Peer, str] = {}
         self._next = 0
-        opened = [_socket(fd) for fd in inside]
-        self._sockets = [*opened]
-        for port in sorted(outward):
-            self._serve_inside(opened.pop(0), port, self._outward)
-        self._inward = opened.pop(0) if opened else None
+        self._sockets = [_socket(fd) for fd in inside]
+        for port, sock in zip(sorted(ports.udp_connect), self._sockets, strict=False):
+            watch(sock.fileno(), partial(self._outward, sock, port))
+        self._inward = self._sockets[-1] if ports.udp_bind else None
         if self._inward is not None:
-            self._serve_inside(self._inward, 0, self._answered)
+            watch(self._inward.fileno(), partial(self._answered, self._inward))
 
     def close(self) -> None:
         for sock in (*self._sockets, *self._flows.values(), *self._served.values()):
@@ -85,7 +82,7 @@ class Relay:
 
     def open(self, place: Address) -> None:
         """Let the host send to a port of the container's. OSError, as of bind(2)."""
-        outside = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        outside = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | os.O_NONBLOCK)
         try:
             outside.bind(place)
         except OSError:
@@ -96,12 +93,6 @@ class Relay:
 
     def shut(self, place: Address) -> None:
         self._drop(self._served.pop(place))
-
-    def _serve_inside(self, sock: socket.socket, port: int, on: Callable[[socket.socket, int], None]) -> None:
-        sock.setblocking(False)
-        sock.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
-        sock.bind(("0.0.0.0", port))
-        self._watch(sock.fileno(), lambda: on(sock, port))
 
     def _drop(self, sock: socket.socket) -> None:
         self._forget(sock.fileno())
@@ -124,7 +115,7 @@ class Relay:
     def _make_flow(self, flow: Flow) -> socket.socket:
         while len(self._flows) >= _MOST_FLOWS:
             self._drop(self._flows.pop(next(iter(self._flows))))
-        outside = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        outside = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | os.O_NONBLOCK)
         try:
             outside.connect(flow.asked)
         except OSError:
@@ -168,8 +159,8 @@ class Relay:
             self._peers[found] = peer
         return found
 
-    def _answered(self, inside: socket.socket, _: int) -> None:
-        for _turn in range(_TURN):
+    def _answered(self, inside: socket.socket) -> None:
+        for _ in range(_TURN):
             got = self._receive(inside)
             if got is None:
                 return
@@ -214,12 +205,19 @@ def _lossy() -> Iterator[None]:
             raise
 
 
-def sockets(count: int) -> list[int]:
-    """Unbound ones of this process's network, for `Relay`. OSError."""
+def sockets(ports: Ports) -> list[int]:
+    """For `Relay`, of this process's network, which is the container's. OSError, as of bind(2).
+
+    They are there before the program is: what it sends to a granted port waits in them, and is not refused.
+    """
     made: list[int] = []
     try:
-        for _ in range(count):
-            made.append(socket.socket(socket.AF_INET, socket.SOCK_DGRAM).detach())
+        for port in (*sorted(ports.udp_connect), *([0] if ports.udp_bind else [])):
+            sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | os.O_NONBLOCK)
+            made.append(sock.detach())
+            with _socket(os.dup(made[-1])) as bound:
+                bound.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
+                bound.bind(("0.0.0.0", port))
     except OSError:
         for fd in made:
             os.close(fd)

@@ -19,9 +19,7 @@ _STEPS = {
     "dumpable": "unreadable to other processes until its program runs",
 }
 OWN_PROC = "r     /proc/self  # the program's own, not its children's"
-
-
-OWN_NETWORK = "else     its own loopback  # these ports are the host's, on its loopback, by the shim; the rest is not there"
+OWN_NETWORK = "else     its own loopback  # the ports above are the host's, on its loopback, by the shim"
 
 
 def render(

@@ -93,8 +93,8 @@ class Options(NamedTuple):
         return self.ports or (self.gate and not self.unix)
 
 
-# Those of `none`, `localhost` without and with an endpoint for UDP, `outbound` and `full`, and `localhost` with a network
-# of its own; each with a host API.
+# Those of `none`, `localhost` without and with an endpoint for UDP, `outbound` and `full`, and `localhost` with a
+# network of its own; each with a host API.
 _LEVELS = (
     Options(),
     Options(inet="tcp"),

@@ -1,6 +1,6 @@
-"""Past its deadline only what was begun goes on."""
+"""Whether a command may begin: past its deadline only what was begun goes on."""
 
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -9,8 +9,9 @@ from schemas.commands import ContainerCommand, Create, Kill, Remove, Restart, Ru
 from schemas.spec import CommandSpec, ServiceSpec
 from schemas.spec_parts import ImageSpec
 from schemas.status import ContainerStatus, Reason, State
+from worker.admission import Begun, admit, begun_before
+from worker.errors import DeadlineExceeded, Interrupted
 from worker.records import ContainerRecord
-from worker.recovering import Begun, begun_before
 from worker.work import Work
 
 SPEC = ServiceSpec(image=ImageSpec(name="base"), command=CommandSpec())
@@ -22,10 +23,16 @@ def record(state: State, **fields: Any) -> ContainerRecord:
     return ContainerRecord(status=status, spec=SPEC, **fields)
 
 
-def judge(command: ContainerCommand, found: ContainerRecord | None, *, leaving: bool = False) -> Begun:
+NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)
+
+
+def work_of(command: ContainerCommand, *, recovered: bool = True, time: datetime = NOW) -> Work:
     verb = str(type(command).__struct_config__.tag)
-    work = Work(command=command, verb=verb, container="a-0", seq=1, time=datetime.now(UTC), recovered=True)
-    return begun_before(work, found, leaving=leaving)
+    return Work(command=command, verb=verb, container="a-0", seq=1, time=time, recovered=recovered)
+
+
+def judge(command: ContainerCommand, found: ContainerRecord | None, *, leaving: bool = False) -> Begun:
+    return begun_before(work_of(command), found, leaving=leaving)
 
 
 RUNNING = record(State.RUNNING, created_by="other", started_by="other")
@@ -65,3 +72,34 @@ def test_what_the_record_tells(
 def test_a_directory_that_is_going_tells_of_a_remove() -> None:
     assert judge(Remove(id="c"), record(State.EXITED)) is NO
     assert judge(Remove(id="c"), record(State.EXITED), leaving=True) is YES
+
+
+DAY = timedelta(days=1)
+
+
+@pytest.mark.parametrize(
+    ("work", "late"),
+    [
+        (work_of(Stop(id="c"), recovered=False, time=NOW - DAY), False),
+        (work_of(Stop(id="c"), recovered=False, time=NOW - DAY - timedelta(microseconds=1)), True),
+        (work_of(Stop(id="c", deadline=NOW), recovered=False, time=NOW - 3 * DAY), False),
+        (work_of(Stop(id="c", deadline=NOW - timedelta(microseconds=1)), recovered=False), True),
+    ],
+    ids=["a day", "longer", "its own deadline", "its own deadline, passed"],
+)
+def test_a_deadline_is_a_day_after_it_was_stored_unless_it_says_otherwise(work: Work, late: bool) -> None:
+    if late:
+        with pytest.raises(DeadlineExceeded):
+            admit(work, "a-0", RUNNING, NOW, leaving=lambda: False)
+    else:
+        admit(work, "a-0", RUNNING, NOW, leaving=lambda: False)
+
+
+def test_what_a_dead_worker_left_is_late_or_interrupted_or_goes_on() -> None:
+    late = NOW + 2 * DAY
+    with pytest.raises(DeadlineExceeded):
+        admit(work_of(Stop(id="c")), "a-0", RUNNING, late, leaving=lambda: False)
+    with pytest.raises(Interrupted):
+        admit(work_of(Kill(id="c")), "a-0", RUNNING, late, leaving=lambda: False)
+    stopping = record(State.STOPPING, intent=Reason.STOPPED)
+    admit(work_of(Stop(id="c")), "a-0", stopping, late, leaving=lambda: False)
