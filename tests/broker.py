@@ -84,7 +84,7 @@ def cannot(what: str) -> NoReturn:
 class Address:
     """A server that somebody else runs. `claim` gives it, without streams, to one test or module at a time."""
 
-    _lock: int | None = None
+    _locks: ClassVar[dict[str, int]] = {}
     _claimed: ClassVar[set[str]] = set()
 
     def __init__(self, purpose: str, broker: Broker | None = None) -> None:
@@ -119,7 +119,7 @@ class Address:
 
 def _hold(url: str) -> None:
     """One test process at a time per address: they would delete each other's streams."""
-    if Address._lock is not None:
+    if url in Address._locks:
         return
     name = hashlib.sha256(url.encode()).hexdigest()[:16]
     lock = os.open(Path(tempfile.gettempdir()) / f"sandfleet-test-{name}.lock", os.O_RDWR | os.O_CREAT, 0o600)
@@ -128,7 +128,7 @@ def _hold(url: str) -> None:
     except BlockingIOError:
         os.close(lock)
         raise RuntimeError(f"another test process uses {BROKER}: one at a time (pytest -n0)") from None
-    Address._lock = lock  # until this process ends
+    Address._locks[url] = lock  # until this process ends
 
 
 async def clear(url: str) -> None:

@@ -277,6 +277,8 @@ class Agent:
     async def attach_launcher(self) -> None:
         """A new launcher in the place of one that died."""
         services = self.services
+        await services.launcher.close()
+        self._lost.clear()  # by the one that died; the next one is told of anew
         self._wire(await attach_own(services.data, services.journal, services.boot_id))
 
     async def end_idle_launcher(self) -> None:

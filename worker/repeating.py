@@ -131,7 +131,9 @@ class Repeater:
             async with free:
                 found = await self._bus.js.last_message(stream, self._subjects.state(node, cid))
             # One that has changed meanwhile was told with its change.
-            if self._runtime.status(cid) == status and not shows(None if found is None else found.data, status):
+            if self._runtime.status(cid) == status and not shows(
+                None if found is None else found.data, status
+            ):
                 missing.add(cid)
 
         asked = [asyncio.create_task(ask(status)) for status in statuses]

@@ -190,7 +190,7 @@ class Runtime:
         be an old copy, and this worker about to be fenced.
         """
         records = await self.services.journal.read(_records)
-        launched = {c.cid: c for c in await self.services.launcher.containers()}
+        launched = {c.cid: c for c in await self._launched()}
         for record in records:
             status = record.status
             actor = self._actors[status.container] = ContainerActor(
@@ -230,6 +230,16 @@ class Runtime:
         known = {status.container for status in self.statuses()}
         await self.services.in_thread(self.services.sweep_strangers, known)
         self._expiry.begin()
+
+    async def _launched(self) -> list[LaunchedContainer]:
+        """What the launcher has. One that dies just now has nothing, and another takes its place."""
+        try:
+            return await self.services.launcher.containers()
+        except Unavailable:
+            if self.services.attach_launcher is None:
+                raise
+        await self.services.attach_launcher()
+        return await self.services.launcher.containers()
 
     async def _reconcile(
         self, actor: ContainerActor, record: ContainerRecord, found: LaunchedContainer | None

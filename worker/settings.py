@@ -200,8 +200,7 @@ SETTINGS: tuple[Setting, ...] = (
         key="policy.s3_endpoints",
         kind=Kind.LIST,
         default="https://*",
-        doc="where s3 volumes may be: patterns of scheme://host:port, the port always written out; an address that "
-        "is not public only where the pattern says the host",
+        doc="where s3 volumes may be: patterns of scheme://host:port, the port written out",
     ),
     Setting(
         key="policy.images",

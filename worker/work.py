@@ -121,9 +121,7 @@ def write_completion(
     tx.complete(work.id, _encoder.encode(event), event.time)
 
 
-def write_image(
-    tx: Tx, subjects: Subjects, work: Work | None, image: ImageInfo, action: ImageAction
-) -> None:
+def write_image(tx: Tx, subjects: Subjects, work: Work | None, image: ImageInfo, action: ImageAction) -> None:
     """Write an `image_changed`; without `work` the node did it by itself."""
 
     def make(head: EventHead) -> ImageChanged:

@@ -158,7 +158,9 @@ async def test_a_journal_put_back_from_a_backup_ends_nothing_before_it_is_told_t
         listed = await client.query("list")
         assert [(c["container"], c["pid"]) for c in listed["containers"]] == [("old-0", pids["old-0"])]
         await until(lambda: not alive(pids["new-0"]), what="the end of what the journal does not know")
-        await until(lambda: not (worker.data / "containers" / "new-0").exists(), what="the end of its directory")
+        await until(
+            lambda: not (worker.data / "containers" / "new-0").exists(), what="the end of its directory"
+        )
         # The directory is bound to the new epoch: a start without the flag goes on in it.
         worker.terminate()
         worker.start()

@@ -22,6 +22,7 @@ STREAMS = (EVENTS, LOGS, COMMANDS)
 API_S = 5.0
 PATIENCE_S = 30.0
 POLL_S = 0.02
+START_S = 5.0  # a worker that saw the full disk may take so long to end
 REFUSED = 4  # the exit code of a worker that may not run here
 
 
@@ -46,6 +47,7 @@ class Injector:
         self._now = now
         self._poke = poke
         self._copy: Path | None = None
+        self._full_until = float("-inf")
 
     async def do(self, action: Action) -> None:
         act: Callable[..., Awaitable[None]] = getattr(self, f"do_{action.kind}")
@@ -63,14 +65,17 @@ class Injector:
                 world.worker.start()
 
     async def watch(self) -> None:
-        """A worker that ends by itself is a fault; it is started again."""
+        """A worker that ends by itself is a fault; it is started again. That it does not begin on a full disk is
+        none.
+        """
         while True:
             await asyncio.sleep(POLL_S * 5)
             if self._world.worker_lock.locked():
                 continue
             process = self._world.worker.process
             if process is not None and process.poll() is not None:
-                self._history.faults.append(f"the worker ended by itself with {process.returncode}")
+                if process.returncode != REFUSED or self._now() > self._full_until:
+                    self._history.faults.append(f"the worker ended by itself with {process.returncode}")
                 self._world.worker.start()
 
     # -- processes
@@ -163,11 +168,13 @@ class Injector:
     async def do_disk_full(self, hold_s: float) -> None:
         """Only where the node's disk is one of the run's own (`World.private`)."""
         filler = self._world.disk / "filler"
+        self._full_until = float("inf")
         try:
             await asyncio.to_thread(_fill, filler)
             await asyncio.sleep(hold_s)
         finally:
             filler.unlink(missing_ok=True)
+            self._full_until = self._now() + START_S
 
     async def do_slow_fsync(self, commit_ms: int, hold_s: float) -> None:
         write_knobs(self._world.worker.knobs, commit_ms=commit_ms)

@@ -68,8 +68,9 @@ def read_events(history: History) -> Events:
             if before != (event, message.subject):
                 found.append(Violation("an event changed", f"{place} was told in two ways"))
         last = good[-1][1] if good else None
-    if known and last != max(known) and not _all_purged(history, by_generation):
-        found.append(Violation("lost event", f"the stream ends with {last}, it had {max(known)}"))
+    newest = max((place for place in known if place.epoch not in history.doomed), default=None)
+    if newest is not None and (last is None or last < newest) and not _all_purged(history, by_generation):
+        found.append(Violation("lost event", f"the stream ends with {last}, it had {newest}"))
     found += _check_epochs(history, known)
     told = list(_in_order(known))
     missing = any(one.after_hole for one in told)
@@ -115,18 +116,25 @@ def _parse(history: History, message: Message, found: list[Violation]) -> tuple[
 def _check_order(
     history: History, generation: int, messages: list[tuple[Message, Place]], holes: set[Place]
 ) -> Iterator[Violation]:
-    """Within one generation the events are consecutive, but for what was purged before it could be read."""
-    purged = max((loss.upto for loss in _purges(history, generation)), default=0)
+    """Within one generation the events are consecutive, but for what was purged before it could be read. What
+    was purged before it was acknowledged is told again.
+    """
+    purges = [loss.upto for loss in _purges(history, generation)]
     unread = max((x.unread for x in history.lost(EVENTS) if x.generation == generation), default=0)
-    gone = max(purged, unread)
+    gone = max(unread, *purges) if purges else unread
     seen: set[Place] = set()
     before, before_seq = Place("", 0), 0
     for message, place in messages:
+        purged = any(before_seq <= upto < message.stream_seq for upto in purges)
+        if purged:
+            seen.clear()
         # So many messages that nobody read stood before this one and were taken away.
         unseen = message.stream_seq - before_seq - 1 if message.stream_seq - 1 <= gone else 0
         expected = before.seq + 1 if place.epoch == before.epoch else 1
         if place in seen:
             yield Violation("event twice", f"{place} stands in the stream again at {message.stream_seq}")
+        elif place <= before and purged:
+            before = place
         elif place < before:
             yield Violation("events out of order", f"{place} stands behind {before}")
         elif place.seq != expected:

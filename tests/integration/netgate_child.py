@@ -119,9 +119,9 @@ def become(
         os.setsid()
         if plan is not None:
             sandboxes.enter(plan, namespaces, lambda *told: report.give_place(tell, *told))
+            descriptors, words = sandboxes.questions(plan, joined=bool(namespaces))
             listener = sandboxes.apply(plan)
             assert listener is not None
-            descriptors, words = sandboxes.questions(plan, joined=bool(namespaces))
             report.hand_over(tell, [listener, *descriptors], words)
             os.chdir("/")
             ctypes.CDLL(None).prctl(_DUMPABLE, 1, 0, 0, 0)  # as an exec would

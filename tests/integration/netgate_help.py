@@ -50,6 +50,7 @@ class Box:
         self.bind: tuple[int, ...] = ()
         self.connect: tuple[int, ...] = ()
         self.udp: tuple[int, ...] = ()
+        self.landlock = True
 
     def plan(self) -> dict[str, Any]:
         network = NetworkPolicy(
@@ -67,6 +68,8 @@ class Box:
         plan = LinuxDriver(root=not ordinary, rooted=True, ports=True).plan(policy)
         if ordinary:
             plan["root"]["user"] = [self.uid or os.getuid(), self.uid or os.getgid()]
+        if not self.landlock:
+            dict(plan["steps"])["landlock"]["net"] = ""
         return plan
 
     def start(
@@ -174,6 +177,13 @@ class Echo:
         with connection, contextlib.suppress(ConnectionError):
             while data := connection.recv(65536):
                 connection.sendall(data)
+
+    def has_served(self, count: int) -> None:
+        """Wait until it has come round to all that connected."""
+        deadline = time.monotonic() + 10
+        while self.served < count:
+            assert time.monotonic() < deadline, self.served
+            time.sleep(0.005)
 
     def close(self) -> None:
         self._server.shutdown(socket.SHUT_RDWR)

@@ -42,7 +42,14 @@ class Node:
         own = Config(policy=PolicyConfig(**policy))
 
         def policy_of(
-            spec: Any, cid: str, instance: str, port: Any, run: int, *, config: Config | None
+            spec: Any,
+            cid: str,
+            instance: str,
+            port: Any,
+            run: int,
+            *,
+            config: Config | None,
+            user: Any = None,
         ) -> Any:
             return make_policy(
                 spec,
@@ -57,7 +64,11 @@ class Node:
             )
 
         self.services: Any = SimpleNamespace(
-            config=own, driver=driver, make_policy=policy_of, in_thread=self._in_thread
+            config=own,
+            driver=driver,
+            make_policy=policy_of,
+            in_thread=self._in_thread,
+            data=SimpleNamespace(root=folder),
         )
         status = ContainerStatus(
             container="web-0", service="web", replica=0, instance=INSTANCE, run=1, state=state, started_at=AT

@@ -336,7 +336,7 @@ async def test_pruning_forgets_only_what_is_old_and_done(journal: Journal) -> No
     cut = START + timedelta(hours=5)
     assert await journal.transact(lambda tx: tx.prune_commands(cut, settled=-1)) == 0, "may come again"
     removed = [
-        await journal.transact(lambda tx: tx.prune_commands(cut, settled=settled, limit=3))
+        await journal.transact(lambda tx, upto=settled: tx.prune_commands(cut, settled=upto, limit=3))
         for settled in (1, 99, 99, 99)
     ]
     assert removed == [2, 3, 0, 0]

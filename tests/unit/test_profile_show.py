@@ -132,7 +132,7 @@ def test_auto_is_full_without_endpoints() -> None:
         ({"sandbox": {"groups": ["nope"]}}, "unsupported", "spec.sandbox.groups[0]"),
         ({"sandbox": {"require": ["memory"]}}, "unsupported", "spec.sandbox.require[0]"),
         ({"network": {"access": "none", "connect_ports": [0]}}, "invalid_spec", "spec.network.connect_ports[0]"),
-        ({"storage": [{"type": "s3", "bucket": "b", "target": "/x"}]}, "unsupported", "spec.storage[0].type"),
+        ({"storage": [{"type": "s3", "bucket": "b", "target": "/x"}]}, "invalid_spec", "spec.storage[0].bucket"),
     ],
 )  # fmt: skip
 def test_what_no_node_takes(platform: str, fields: dict[str, Any], code: str, field: str) -> None:

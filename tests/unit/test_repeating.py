@@ -1,10 +1,14 @@
 """When a status must be published again."""
 
+import json
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import pytest
+
+from schemas.status import ContainerStatus, State
 from worker.bus.jetstream import StreamInfo
-from worker.repeating import oldest_safe
+from worker.repeating import oldest_safe, shows
 
 NOW = datetime(2026, 11, 24, 12, tzinfo=UTC)
 DAY = timedelta(days=1)
@@ -43,3 +47,32 @@ def test_the_stricter_of_both_counts() -> None:
     age = int(4 * DAY.total_seconds() * 1e9)
     found = oldest_safe(info(used=900, first=NOW - 10 * DAY, max_bytes=1000, max_age=age), NOW)
     assert found == NOW - 2 * DAY
+
+
+SHOWN = {"status": {"instance": "I", "run": 2, "state": "exited", "exit_code": 3, "more": "is not looked at"}}
+
+
+def exited(**changes: Any) -> ContainerStatus:
+    given = {"run": 2, "state": State.EXITED, "exit_code": 3, **changes}
+    return ContainerStatus(container="a-0", service="a", replica=0, instance="I", **given)
+
+
+def test_a_status_is_shown_by_its_event() -> None:
+    assert shows(json.dumps(SHOWN).encode(), exited())
+    assert shows(json.dumps(SHOWN).encode(), exited(message="told otherwise"))
+
+
+@pytest.mark.parametrize(
+    ("data", "status"),
+    [
+        (None, exited()),
+        (b"", exited()),
+        (b"\xff", exited()),
+        (b'{"status": null}', exited()),
+        (json.dumps(SHOWN).encode(), exited(run=3)),
+        (json.dumps(SHOWN).encode(), exited(exit_code=0)),
+        (json.dumps(SHOWN).encode(), exited(state=State.RUNNING, exit_code=None)),
+    ],
+)
+def test_what_does_not_show_it(data: bytes | None, status: ContainerStatus) -> None:
+    assert not shows(data, status)

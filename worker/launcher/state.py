@@ -69,7 +69,12 @@ def check_tables(tables: dict[str, Any]) -> None:
         _restore_run(Run(), state["run"])
         _ = state["lost"], state["unwritten"]
         if state["shim"] is not None:
-            _ = state["shim"]["pid"], state["ending"]["sent"], state["ending"]["killing"], state["ending"]["due"]
+            _ = (
+                state["shim"]["pid"],
+                state["ending"]["sent"],
+                state["ending"]["killing"],
+                state["ending"]["due"],
+            )
             base64.b64decode(state["shim"]["pending"])
     descriptors(tables)
     _ = tables["facts"]["started_at_us"], tables["facts"]["files"]

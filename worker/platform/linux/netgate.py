@@ -124,9 +124,10 @@ class NetGate:
         self._calls = {bind: self._binds, connect: self._connects, listen: self._listens}
         self._epoll_creates = frozenset(epoll_creates)
         self._events.register(listener.fd, _READABLE)
+        listener.answer_nearby()
         self._relay: Relay | None = None
         if inside:
-            relay = Relay(inside, outside.ports.udp_connect, self._watch, self._forget)
+            relay = Relay(inside, outside.ports, self._watch, self._forget)
             self._relay = outside.relay = relay
         signal.signal(signal.SIGALRM, _interrupt)
 

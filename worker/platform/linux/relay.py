@@ -17,7 +17,10 @@ import os
 import socket
 import struct
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import NamedTuple
+
+from .netrules import Ports
 
 _IP_PKTINFO = 8
 _PKTINFO = struct.Struct("=i4s4s")  # struct in_pktinfo: device, own address, the packet's destination
@@ -56,7 +59,7 @@ class Relay:
     """Owns its sockets. `inside` are those of `sockets`."""
 
     def __init__(
-        self, inside: Iterable[int], outward: Iterable[int], watch: Watch, forget: Callable[[int], None]
+        self, inside: Iterable[int], ports: Ports, watch: Watch, forget: Callable[[int], None]
     ) -> None:
         self._watch = watch
         self._forget = forget
@@ -210,16 +213,11 @@ def sockets(ports: Ports) -> list[int]:
 
     They are there before the program is: what it sends to a granted port waits in them, and is not refused.
     """
-    made: list[int] = []
-    try:
+    with contextlib.ExitStack() as made:
+        found = []
         for port in (*sorted(ports.udp_connect), *([0] if ports.udp_bind else [])):
-            sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | os.O_NONBLOCK)
-            made.append(sock.detach())
-            with _socket(os.dup(made[-1])) as bound:
-                bound.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
-                bound.bind(("0.0.0.0", port))
-    except OSError:
-        for fd in made:
-            os.close(fd)
-        raise
-    return made
+            sock = made.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM | os.O_NONBLOCK))
+            sock.setsockopt(socket.IPPROTO_IP, _IP_PKTINFO, 1)
+            sock.bind(("0.0.0.0", port))
+            found.append(sock)
+        return [sock.detach() for sock in found]

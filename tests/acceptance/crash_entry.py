@@ -1,0 +1,171 @@
+"""A worker that ends itself with SIGKILL at a named point: `python -m tests.acceptance.crash_entry worker …`.
+
+The file that `CRASH_AT` names holds `<point> <command id>`; without the file nothing happens. The real methods are
+wrapped in this process alone, so that nothing of it is in the worker.
+"""
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+# In the order in which a command comes by them.
+POINTS = (
+    "received",  # the message is in hand, nothing is written
+    "accepting",  # the acceptance is written, not committed
+    "accepted",  # it is committed, and nobody heard of that
+    "acknowledging",  # before the message is acknowledged
+    "acknowledged",  # right after
+    "begun",  # before the verb does anything beyond its first step
+    "asked",  # the launcher was asked, and has not answered
+    "answered",  # it has, and nothing is written of that
+    "completing",  # the completion is written, not committed
+    "completed",  # it is committed, and nobody heard of that
+)
+ADOPTING = "adopting"  # not the worker but its launcher ends, when it is asked what it runs
+OPS = frozenset({"reserve_port", "start", "stop", "signal", "kill_tree"})
+
+
+def arm(path: Path, point: str, command_id: str) -> None:
+    path.write_text(f"{point} {command_id}")
+
+
+def disarm(path: Path) -> None:
+    path.unlink(missing_ok=True)
+
+
+class Crash:
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.in_hand = False  # the command in question was accepted by this process or an earlier one
+
+    def at(self, point: str, command_id: str | None = None) -> None:
+        if self.is_at(point, command_id):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def is_at(self, point: str, command_id: str | None = None) -> bool:
+        try:
+            wanted, wanted_id = self._path.read_text().split()
+        except FileNotFoundError:
+            return False
+        return wanted == point and command_id in (None, wanted_id)
+
+    @property
+    def command_id(self) -> bytes:
+        try:
+            return self._path.read_bytes().split()[1]
+        except FileNotFoundError:
+            return b"\0"
+
+
+def wrap(crash: Crash) -> None:
+    from worker.bus.delivery import Delivery
+    from worker.handlers import CommandHandler
+    from worker.journal import _Owner
+    from worker.journal_tx import Tx
+    from worker.operations import ContainerOperations
+    from worker.supervisor import Launcher
+
+    committed: set[str] = set()  # what the transaction that is open has written
+
+    def replace(owner: type, name: str, make: Callable[[Any], Any]) -> None:
+        setattr(owner, name, make(getattr(owner, name)))
+
+    def handle(real: Any) -> Any:
+        async def wrapped(self: CommandHandler, delivery: Delivery) -> None:
+            if crash.command_id in delivery.data:
+                crash.at("received")
+            await real(self, delivery)
+
+        return wrapped
+
+    def accept(real: Any) -> Any:
+        def wrapped(self: Tx, entry: Any) -> None:
+            real(self, entry)
+            crash.at("accepting", entry.id)
+            if crash.is_at("accepted", entry.id):
+                committed.add("accepted")
+            crash.in_hand |= entry.id.encode() == crash.command_id
+
+        return wrapped
+
+    def complete(real: Any) -> Any:
+        def wrapped(self: Tx, command_id: str, *args: Any) -> None:
+            real(self, command_id, *args)
+            crash.at("completing", command_id)
+            if crash.is_at("completed", command_id):
+                committed.add("completed")
+
+        return wrapped
+
+    def commit(real: Any) -> Any:
+        def wrapped(self: _Owner, group: Any) -> Any:
+            answers = real(self, group)
+            for point in committed:
+                crash.at(point)
+            return answers
+
+        return wrapped
+
+    def ack(real: Any) -> Any:
+        async def wrapped(self: Delivery, **options: Any) -> None:
+            ours = crash.command_id in self.data
+            if ours:
+                crash.at("acknowledging")
+            await real(self, **options)
+            if ours:
+                crash.at("acknowledged")
+
+        return wrapped
+
+    def perform(real: Any) -> Any:
+        async def wrapped(self: ContainerOperations, actor: Any, work: Any) -> Any:
+            crash.at("begun", work.id)
+            return await real(self, actor, work)
+
+        return wrapped
+
+    def ask(real: Any) -> Any:
+        async def wrapped(self: Launcher, op: str, *args: Any, **fields: Any) -> Any:
+            if not crash.in_hand or op not in OPS:
+                return await real(self, op, *args, **fields)
+            asking = asyncio.ensure_future(real(self, op, *args, **fields))
+            for _ in range(3):  # until it is on its way
+                await asyncio.sleep(0)
+            crash.at("asked")
+            answer = await asking
+            crash.at("answered")
+            return answer
+
+        return wrapped
+
+    def containers(real: Any) -> Any:
+        async def wrapped(self: Launcher) -> Any:
+            if crash.is_at(ADOPTING):
+                disarm(crash._path)
+                os.kill(self.pid, signal.SIGKILL)
+            return await real(self)
+
+        return wrapped
+
+    replace(CommandHandler, "handle", handle)
+    replace(Tx, "accept", accept)
+    replace(Tx, "complete", complete)
+    replace(_Owner, "_commit", commit)
+    replace(Delivery, "ack", ack)
+    replace(ContainerOperations, "perform", perform)
+    replace(Launcher, "_ask", ask)
+    replace(Launcher, "containers", containers)
+
+
+def main() -> None:
+    wrap(Crash(Path(os.environ["CRASH_AT"])))
+    from worker.__main__ import main as worker_main
+
+    worker_main()
+
+
+if __name__ == "__main__":
+    main()
