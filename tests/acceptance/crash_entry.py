@@ -1,6 +1,6 @@
-"""A worker that ends itself with SIGKILL at a named point: `python -m tests.acceptance.crash_entry worker …`.
+"""A worker that ends itself with SIGKILL at a named point, to be run by `forked`.
 
-The file that `CRASH_AT` names holds `<point> <command id>`; without the file nothing happens. The real methods are
+The file that `CRASH_AT` names holds `<point> <command id> <op of the launcher>`; without the file nothing happens. The real methods are
 wrapped in this process alone, so that nothing of it is in the worker.
 """
 
@@ -25,11 +25,19 @@ POINTS = (
     "completed",  # it is committed, and nobody heard of that
 )
 ADOPTING = "adopting"  # not the worker but its launcher ends, when it is asked what it runs
-OPS = frozenset({"reserve_port", "start", "stop", "signal", "kill_tree"})
+OPS = {  # what each verb asks the launcher for
+    "create": "reserve_port",
+    "run": "start",
+    "start": "start",
+    "stop": "stop",
+    "kill": "signal",
+    "restart": "start",
+    "remove": "kill_tree",
+}
 
 
-def arm(path: Path, point: str, command_id: str) -> None:
-    path.write_text(f"{point} {command_id}")
+def arm(path: Path, point: str, command_id: str = "-", verb: str = "create") -> None:
+    path.write_text(f"{point} {command_id} {OPS[verb]}")
 
 
 def disarm(path: Path) -> None:
@@ -46,18 +54,23 @@ class Crash:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def is_at(self, point: str, command_id: str | None = None) -> bool:
-        try:
-            wanted, wanted_id = self._path.read_text().split()
-        except FileNotFoundError:
-            return False
+        wanted, wanted_id, _ = self._armed()
         return wanted == point and command_id in (None, wanted_id)
 
     @property
     def command_id(self) -> bytes:
+        return self._armed()[1].encode()
+
+    @property
+    def op(self) -> str:
+        return self._armed()[2]
+
+    def _armed(self) -> tuple[str, str, str]:
         try:
-            return self._path.read_bytes().split()[1]
+            point, command_id, op = self._path.read_text().split()
         except FileNotFoundError:
-            return b"\0"
+            return "", "\0", ""
+        return point, command_id, op
 
 
 def wrap(crash: Crash) -> None:
@@ -129,7 +142,7 @@ def wrap(crash: Crash) -> None:
 
     def ask(real: Any) -> Any:
         async def wrapped(self: Launcher, op: str, *args: Any, **fields: Any) -> Any:
-            if not crash.in_hand or op not in OPS:
+            if not crash.in_hand or op != crash.op:
                 return await real(self, op, *args, **fields)
             asking = asyncio.ensure_future(real(self, op, *args, **fields))
             for _ in range(3):  # until it is on its way
@@ -160,12 +173,15 @@ def wrap(crash: Crash) -> None:
     replace(Launcher, "containers", containers)
 
 
-def main() -> None:
+def prepare() -> None:
+    """Everything that a worker imports, so that a fork has it."""
+    import worker.agent
+    import worker.cli.app
+    import worker.cli.worker_cmd  # noqa: F401
+
+
+def run() -> None:
+    from worker.__main__ import main
+
     wrap(Crash(Path(os.environ["CRASH_AT"])))
-    from worker.__main__ import main as worker_main
-
-    worker_main()
-
-
-if __name__ == "__main__":
     main()

@@ -102,7 +102,6 @@ UNSUPPORTED: dict[str, dict[str, Any]] = {
     "init": {"steps": [{"id": "a", "uses": "init.run", "with": {"command": "true"}}]},
     "tty": True,  # type: ignore[dict-item]
     "privileged": True,  # type: ignore[dict-item]
-    "sandbox": {"isolation": "rootfs"},
     "platform": {"os": "windows", "arch": "amd64"},
 }
 

@@ -5,24 +5,21 @@ completion says, and nothing was done twice. Where the crash left the outcome un
 `interrupted` and the status tells what is.
 """
 
-import asyncio
-import os
 import subprocess
-import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import pytest_asyncio
 
 from tests.acceptance.crash_entry import ADOPTING, POINTS, arm, disarm
-from tests.acceptance.harness import Fleet, Worker, alive, new_id, shell, until
+from tests.acceptance.forked import Forker
+from tests.acceptance.harness import Fleet, Server, Worker, alive, new_id, shell, until
 from tests.acceptance.test_survival import check_sequence
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
-REPO = Path(__file__).parents[2]
 CONFIG = """
 [policy]
 register_roots = ["{images}"]
@@ -38,28 +35,23 @@ while :; do sleep 1000 & wait $!; done
 VERBS = ("create", "run", "start", "stop", "kill", "restart", "remove")
 UNKNOWN = {  # after a crash at these points nobody can know what became of it
     "kill": {"accepted", "acknowledging", "acknowledged", "begun", "asked", "answered", "completing"},
-    "start": {"accepted", "acknowledging", "acknowledged", "begun"},
-    "run": {"asked", "answered", "completing"},
-    "restart": {"asked", "answered", "completing"},
+    "start": {"accepted", "acknowledging", "acknowledged", "begun", "asked"},
+    "run": {"asked"},
+    "restart": {"asked"},
 }
 
 
 class CrashingWorker(Worker):
-    """A worker that ends itself where `at` says."""
+    """A worker that ends itself where `at` says, by a fork that begins at once."""
+
+    def __init__(self, folder: Path, server: Server, node: str, config: str) -> None:
+        super().__init__(folder, server, node, config)
+        self.at = folder / "crash-at"
+        self.forker = Forker("tests.acceptance.crash_entry")
 
     def start(self, *extra: str) -> None:
-        self.at = self.folder / "crash-at"
-        argv = [sys.executable, "-m", "tests.acceptance.crash_entry", *self.argv(*extra)[1:]]
-        with self.log_path.open("ab") as log:
-            self.process = subprocess.Popen(
-                argv,
-                stdout=log,
-                stderr=log,
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-                cwd=REPO,
-                env={**os.environ, "CRASH_AT": str(self.at)},
-            )
+        forked = self.forker.start(self.argv(*extra), {"CRASH_AT": str(self.at)}, self.log_path)
+        self.process = cast("subprocess.Popen[bytes]", forked)
 
 
 class Crashing:
@@ -99,7 +91,7 @@ class Crashing:
         fields: dict[str, Any] = {"spec": self.spec()} if verb in ("create", "run") else {}
         if verb == "kill":
             fields["signal"] = "SIGUSR1"
-        arm(self.worker.at, point, command_id)
+        arm(self.worker.at, point, command_id, verb)
         await client.send(cid, verb, id=command_id, **fields)
         process = self.worker.process
         assert process is not None
@@ -113,13 +105,16 @@ class Crashing:
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def crashing() -> AsyncIterator[Crashing]:
     made = Crashing()
-    async with made.fleet:
-        await made.fleet.register("base")
-        yield made
-        check_sequence(made.fleet.client.events)
-        listed = await made.fleet.client.query("list")
-        assert listed["containers"] == []
-        assert not list((made.worker.data / "containers").iterdir())
+    try:
+        async with made.fleet:
+            await made.fleet.register("base")
+            yield made
+            check_sequence(made.fleet.client.events)
+            listed = await made.fleet.client.query("list")
+            assert listed["containers"] == []
+            assert not list((made.worker.data / "containers").iterdir())
+    finally:
+        made.worker.forker.close()
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -174,7 +169,7 @@ async def test_a_launcher_that_dies_while_it_is_asked_what_it_runs(crashing: Cra
     client, worker = crashing.fleet.client, crashing.worker
     await client.ok("adopted-0", "run", spec=shell("sleep 600"))
     worker.kill()
-    arm(worker.at, ADOPTING, "-")
+    arm(worker.at, ADOPTING)
     worker.start()
     status = await client.state("adopted-0", "failed")
     assert status["reason"] == "supervisor_lost"
@@ -183,4 +178,3 @@ async def test_a_launcher_that_dies_while_it_is_asked_what_it_runs(crashing: Cra
     assert process is not None
     assert process.poll() is None
     await client.ok("adopted-0", "remove")
-    await asyncio.sleep(0)

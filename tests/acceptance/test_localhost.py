@@ -1,6 +1,7 @@
 """The level `localhost` of containers with a root of their own: a network of their own, and granted ports of the host."""
 
 import asyncio
+import contextlib
 import json
 import os
 import socket
@@ -249,6 +250,24 @@ async def test_an_endpoint_of_udp(fleet: Fleet, cid: str, granted: Host) -> None
         assert (data, await asking) == (b"x", ["answer"])
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root's containers have users of their own")
+async def test_a_container_of_another_user(fleet: Fleet, cid: str, granted: Host) -> None:
+    """Its shim is root's, and looks into its programs all the same."""
+    shell = "/bin/bash -c 'exec 3<>/dev/tcp/127.0.0.1/$0 && cat <&3'"
+    script = (
+        f"id -u; {shell} {granted.port}; {shell} {fleet.server.port} 2>&1 | grep -q refused && echo , refused"
+    )
+    body = {
+        "image": {"name": "base"},
+        "command": {"entrypoint": ["/bin/bash", "-c", script]},
+        "network": {"access": "localhost", "connect_ports": [granted.port]},
+        "user": "65534:65534",
+    }
+    await fleet.client.ok(cid, "run", spec=body)
+    log = await fleet.client.log(cid)
+    assert log.data == b"65534\nthe host, refused\n"
+
+
 async def test_the_node_says_so(fleet: Fleet, cid: str) -> None:
     info = await fleet.client.query("info")
     short = {(one["feature"], one["isolation"]) for one in info["capabilities"]["not_enforced"]}
@@ -286,17 +305,19 @@ async def test_what_the_profile_tells(fleet: Fleet, cid: str, granted: Host) -> 
 async def test_nothing_is_left(fleet: Fleet, cid: str) -> None:
     status = await serving(fleet, cid)
     assert await heard_from(status["port"]) == b"hello"
-    network = os.readlink(f"/proc/{status['pid']}/ns/net")
+    held = os.open(f"/proc/{status['pid']}/ns/net", os.O_RDONLY)  # so that no other gets its number
+    network = os.readlink(f"/proc/self/fd/{held}")
     assert network != os.readlink("/proc/self/ns/net")
     await fleet.client.ok(cid, "remove")
     with socket.create_server(("127.0.0.1", status["port"])):  # free at once
         pass
+    inside = []
     for folder in os.listdir("/proc"):
         if folder.isdigit():
-            try:
-                assert os.readlink(f"/proc/{folder}/ns/net") != network
-            except OSError:
-                continue
+            with contextlib.suppress(OSError):
+                inside += [folder] * (os.readlink(f"/proc/{folder}/ns/net") == network)
+    os.close(held)
+    assert inside == []
 
 
 async def test_a_killed_worker_changes_nothing(fleet: Fleet, cid: str, granted: Host) -> None:

@@ -261,7 +261,7 @@ class Injector:
             if not await self._answers() or not (await self._state(EVENTS))["messages"]:
                 return  # nothing there that could tell it
             number = len(world.others)
-            folder = world.disk / f"second-{number}"
+            folder = world.folder / f"second-{number}-data"
             if data == "copied":
                 await asyncio.to_thread(_copy_journal, world.worker.data, folder)
                 await self._poke()
@@ -282,7 +282,7 @@ class Injector:
             if not await self._answers():
                 return
             number = len(world.others)
-            usurper = world.another(f"usurper-{number}", world.disk / f"usurper-{number}")
+            usurper = world.another(f"usurper-{number}", world.folder / f"usurper-{number}-data")
             epochs = {event["epoch"] for event in self._reader.events}
             usurper.start("--takeover")
             doomed = await self._new_epoch(epochs)

@@ -205,4 +205,7 @@ async def run(
         if found:
             say("--- the worker's log, its end")
             say(world.worker.log_text()[-6000:])
+            for other in world.others:
+                say(f"--- another worker's, {other.log_path.parent.name}")
+                say(other.log_text()[-1500:])
     return history, found

@@ -59,7 +59,9 @@ class ContainerServer(EmbeddedServer):
         self._write_config()
         folders = {self.store_dir}
         if self._config is not None:
-            folders.add(self._config.parent.parent)  # where pytest makes the folders: certificates are in another
+            folders.add(
+                self._config.parent.parent
+            )  # where pytest makes the folders: certificates are in another
         arguments = ["-c", str(self.store_dir / "server.conf")]
         self._process = await asyncio.to_thread(ServerContainer, arguments, folders)
 

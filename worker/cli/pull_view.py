@@ -91,7 +91,9 @@ class PullView:
         phase = _WORDS.get(last.phase, str(last.phase)) if last.phase is not None else ""
         share = f"{size(last.bytes_done)} of {size(last.bytes_total)}" if last.bytes_total else ""
         detail = "  ".join(filter(None, (share, clean(phase))))
-        self._line(display, "", f"{self._doing} {clean(self._image)}", last.bytes_done, last.bytes_total, detail)
+        self._line(
+            display, "", f"{self._doing} {clean(self._image)}", last.bytes_done, last.bytes_total, detail
+        )
         for layer in last.by_layer:
             done, total = layer.bytes_done, layer.bytes_total
             detail = size(total) if done >= total else f"{size(done)} of {size(total)}"

@@ -64,7 +64,9 @@ class LinuxDriver:
         self._listed = listed
         self._controllers = _controllers() if controllers is None else controllers
         self._gate = self._filter and (gates_supported() if gate is None else gate)
-        self._able = Able() if rooted is None else Able(user=not self._root, reason="" if rooted else "not here")
+        self._able = (
+            Able() if rooted is None else Able(user=not self._root, reason="" if rooted else "not here")
+        )
         self._ports = ports
 
     def capabilities(self) -> Capabilities:

@@ -69,7 +69,15 @@ def _files(policy: SandboxPolicy, landlock: dict[str, Any], system: Sequence[Sys
 
 
 def _root(root: dict[str, Any]) -> list[str]:
-    namespaces = ["mount", "process", "ipc", "uts", "cgroup", *["user"] * bool(root["user"]), *["net"] * root["net"]]
+    namespaces = [
+        "mount",
+        "process",
+        "ipc",
+        "uts",
+        "cgroup",
+        *["user"] * bool(root["user"]),
+        *["net"] * root["net"],
+    ]
     lines = ["", f"[namespaces]  # of its own\n{' '.join(namespaces)}"]
     lines += ["", f"[files]  # the root is {root['path']}; what else is seen there, in this order"]
     lines += [" ".join(str(word) for word in mount) for mount in root["mounts"]]
