@@ -108,7 +108,7 @@ async def ready(nc: Client, boots: int) -> dict[str, Any]:
     """The node's description of its `boots`-th start."""
 
     def is_ready(event: dict[str, Any]) -> bool:
-        return event["type"] == "node_changed" and event["state"] == "ready"
+        return bool(event["type"] == "node_changed" and event["state"] == "ready")
 
     def found(event: dict[str, Any]) -> bool:
         seen = list(dict.fromkeys(e["boot"] for e in nc.events if is_ready(e)))

@@ -3,7 +3,7 @@
 import asyncio
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 _OPTIONS = ("port", "token", "config", "name", "domain", "jetstream")
 
 
-def make_server(*, store_dir: Path, purpose: str = "test", **options: object) -> EmbeddedServer:
+def make_server(*, store_dir: Path, purpose: str = "test", **options: Any) -> EmbeddedServer:
     """An EmbeddedServer, or what stands for one under SANDFLEET_TEST_NATS; not started. `end_server` ends it.
 
     Skips where the form cannot do what is asked. `purpose`: see `Address`.
@@ -27,13 +27,13 @@ def make_server(*, store_dir: Path, purpose: str = "test", **options: object) ->
 
         if reason := no_engine():
             pytest.skip(reason)
-        return ContainerServer(store_dir=store_dir, **options)  # type: ignore[arg-type]
+        return ContainerServer(store_dir=store_dir, **options)
     if BROKER.form == "address":
         for name in _OPTIONS:
             if name in options:
                 cannot(f"this test sets the server's {name}")
         return AddressServer(store_dir=store_dir, purpose=purpose)
-    return EmbeddedServer(store_dir=store_dir, **options)  # type: ignore[arg-type]
+    return EmbeddedServer(store_dir=store_dir, **options)
 
 
 async def end_server(server: EmbeddedServer) -> None:

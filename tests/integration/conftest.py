@@ -66,7 +66,7 @@ async def start_server(tmp_path: Path) -> AsyncIterator[ServerFactory]:
     servers: list[EmbeddedServer] = []
 
     async def start(
-        *, config: str | None = None, store: Path | None = None, **options: object
+        *, config: str | None = None, store: Path | None = None, **options: Any
     ) -> EmbeddedServer:
         number = len(servers)
         if config is not None:

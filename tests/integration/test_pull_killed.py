@@ -71,7 +71,11 @@ async def pull_again(root: Path, image: str) -> None:
         store.close()
 
 
-@pytest.mark.parametrize("at", [0, 1, 70_000, SIZE // 2, SIZE - 1])
+# Named, because the size is another in every process.
+PLACES = {"before": 0, "after a byte": 1, "early": 70_000, "half way": SIZE // 2, "before the last": SIZE - 1}
+
+
+@pytest.mark.parametrize("at", PLACES.values(), ids=PLACES)
 async def test_in_the_middle_of_a_layer(
     registry: Registry, children: list[Child], tmp_path: Path, at: int
 ) -> None:
