@@ -18,6 +18,7 @@ import importlib.metadata
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sysconfig
 import tempfile
@@ -28,7 +29,6 @@ from typing import Any
 
 import docker
 import docker.errors
-import requests
 from testcontainers.core.config import testcontainers_config
 from testcontainers.core.container import DockerContainer
 from testcontainers.core.labels import LABEL_SESSION_ID, SESSION_ID
@@ -36,6 +36,7 @@ from testcontainers.core.labels import LABEL_SESSION_ID, SESSION_ID
 IMAGE_VARIABLE = "SANDFLEET_TEST_NATS_IMAGE"
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "deploy" / "docker" / "nats" / "Dockerfile"
+DEFAULT_SOCKET = "/var/run/docker.sock"
 TAIL_LINES = 50
 
 testcontainers_config.ryuk_disabled = True
@@ -47,11 +48,15 @@ def no_engine() -> str | None:
     host = os.environ.get("DOCKER_HOST", "")
     if host and not host.startswith("unix://"):
         return f"the container engine of DOCKER_HOST={host} is not on this machine"
+    path = host.removeprefix("unix://") or DEFAULT_SOCKET
     try:
+        # First by hand: the client leaves a socket open when nobody answers.
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            probe.connect(path)
         with engine() as client:
             client.ping()
-    except (docker.errors.DockerException, requests.RequestException) as failure:
-        return f"no container engine answers ({_short(failure)}); tests/with-docker starts one"
+    except (OSError, docker.errors.DockerException) as failure:
+        return f"no container engine answers at {path} ({failure}); tests/with-docker starts one"
     return None
 
 
@@ -172,7 +177,3 @@ def _one_at_a_time() -> Iterator[None]:
     with (Path(tempfile.gettempdir()) / f"sandfleet-nats-image-{os.getuid()}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
-
-
-def _short(failure: Exception) -> str:
-    return str(failure).partition("(")[0].strip() or type(failure).__name__

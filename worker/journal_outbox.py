@@ -122,12 +122,17 @@ class OutboxTx:
         """Whether this very journal made that event: this epoch, a boot of ours, a number that boot gave."""
         if epoch != self.epoch:
             return False
-        if boot == self.boot and seq > self.last_seq:
-            return False
+        return self._gave(epoch, boot, seq, self.last_seq if boot == self.boot else None)
+
+    def owned(self, epoch: str, boot: str, seq: int) -> bool:
+        """The same of an epoch before this one: what it made then may come back with an old copy of the stream."""
+        return epoch < self.epoch and self._gave(epoch, boot, seq, None)
+
+    def _gave(self, epoch: str, boot: str, seq: int, last_seq: int | None) -> bool:
         row = self._connection.execute(
             "SELECT first_seq, last_seq FROM boots WHERE epoch = ? AND boot = ?", (epoch, boot)
         ).fetchone()
-        return row is not None and row[0] <= seq <= (self.last_seq if boot == self.boot else row[1])
+        return row is not None and row[0] <= seq <= (row[1] if last_seq is None else last_seq)
 
     def boots(self) -> list[BootRecord]:
         """All boots that made events, and this one, oldest first; those of former epochs too."""

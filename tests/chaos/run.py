@@ -72,15 +72,10 @@ class Run:
         """Every action at its time; those that take long run beside each other."""
         loop = asyncio.get_running_loop()
         began = loop.time()
-        watching = asyncio.create_task(self.injector.watch(), name="watch")
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                for action in actions:
-                    await asyncio.sleep(max(0.0, began + action.at_s - loop.time()))
-                    tasks.create_task(self._do(action), name=action.kind)
-        finally:
-            watching.cancel()
-            await asyncio.gather(watching, return_exceptions=True)
+        async with asyncio.TaskGroup() as tasks:
+            for action in actions:
+                await asyncio.sleep(max(0.0, began + action.at_s - loop.time()))
+                tasks.create_task(self._do(action), name=action.kind)
 
     async def _do(self, action: Action) -> None:
         if action.kind in COMMAND_KINDS:
@@ -158,8 +153,8 @@ class Run:
             return dict(json.loads(answer.data))
         return None
 
-    async def end(self) -> None:
-        """Remove everything and look what is left, first of the containers, then of all."""
+    async def remove_all(self) -> None:
+        """Remove every container, and wait until that is told and everything of them is gone."""
         deadline = time.monotonic() + READY_S
         names = {*NAMES, *QUIET}
         while names and time.monotonic() < deadline:
@@ -169,11 +164,13 @@ class Run:
             names = {status["container"] for status in await self._list() or []}
         await self.calm()
         await self.compare_lists()
-        left: list[str] = []
         deadline = time.monotonic() + READY_S
-        while (left := self.world.leftovers()) and time.monotonic() < deadline:
+        while self.world.leftovers() and time.monotonic() < deadline:
             await asyncio.sleep(POLL_S)
-        self.history.left += left
+
+    async def end(self) -> None:
+        """Look what is left, first of the containers, then of all."""
+        self.history.left += self.world.leftovers()
         await self._look()
         self.history.faults += await self.world.end_nodes()
         self.history.left += self.world.processes()
@@ -188,24 +185,41 @@ async def run(
     history = History(node=NODE)
     async with open_world(private=private, keep=keep) as world:
         say(f"in {world.folder}")
-        async with Reader(world.server.url, history) as reader:
-            nc = await connect(world.server.url)
-            try:
-                one = Run(world, history, reader, nc, say)
-                await one.prepare()
-                await one.storm(actions)
-                say("calm")
-                await one.calm()
-                await one.compare_lists()
-                say("removing everything")
-                await one.end()
-            finally:
-                await nc.close()
-        found = judge(history)
+        try:
+            await _act(world, history, actions, say)
+            found = judge(history)
+        except BaseException:
+            _show_logs(world, say)
+            raise
         if found:
-            say("--- the worker's log, its end")
-            say(world.worker.log_text()[-6000:])
-            for other in world.others:
-                say(f"--- another worker's, {other.log_path.parent.name}")
-                say(other.log_text()[-1500:])
+            _show_logs(world, say)
     return history, found
+
+
+async def _act(world: World, history: History, actions: Sequence[Action], say: Say) -> None:
+    async with Reader(world.server.url, history) as reader:
+        nc = await connect(world.server.url)
+        watching: asyncio.Task[None] | None = None
+        try:
+            one = Run(world, history, reader, nc, say)
+            await one.prepare()
+            watching = asyncio.create_task(one.injector.watch(), name="watch")
+            await one.storm(actions)
+            say("calm")
+            await one.calm()
+            await one.compare_lists()
+            say("removing everything")
+            await one.remove_all()
+            watching.cancel()
+            await one.end()
+        finally:
+            if watching is not None:
+                watching.cancel()
+                await asyncio.gather(watching, return_exceptions=True)
+            await nc.close()
+
+
+def _show_logs(world: World, say: Say) -> None:
+    for worker in (world.worker, *world.others):
+        say(f"--- the end of the log of {worker.log_path.parent.name}")
+        say(worker.log_text()[-6000:])

@@ -45,7 +45,7 @@ from worker.launcher.gates import Gates  # noqa: E402
 from worker.launcher.sandbox import Sandboxes, SandboxFailed  # noqa: E402
 from worker.platform.linux.libc import prctl  # noqa: E402
 
-_DUMPABLE, _SUBREAPER = 4, 36
+_PDEATHSIG, _DUMPABLE, _SUBREAPER = 1, 4, 36
 _MODULES = (_thread, asyncio, ctypes, errno, functools, os, select, signal, socket, struct, threading, time)
 sandboxes = Sandboxes()
 sandboxes.load()
@@ -155,11 +155,15 @@ def stage(task: dict[str, Any], writing: int) -> None:
     answer = {"error": "", "said": "", "joined": ""}
     try:
         prctl(_SUBREAPER, 1)
+        parent = os.getppid()
         if task["uid"] is not None:
             os.setgroups([])
             os.setresgid(task["uid"], task["uid"], task["uid"])
             os.setresuid(task["uid"], task["uid"], task["uid"])
             prctl(_DUMPABLE, 1)  # which the change of user cleared
+        prctl(_PDEATHSIG, signal.SIGKILL)  # and with this process all of its container
+        if os.getppid() != parent:
+            os._exit(1)
         programs = Programs(task)
         answer["error"], answer["said"] = programs.run(task["code"], task["argv"])
         if task["join"]:

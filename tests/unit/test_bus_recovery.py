@@ -202,3 +202,24 @@ def test_what_is_sent_next_follows_what_the_stream_has(
     again = decide(epoch=EPOCH, position=position, stream=stream, shown=shown)
     assert isinstance(again, GoOn)
     assert msgspec.structs.replace(again, position=None) == GoOn(sent=stream_events, expected=stream_events)
+
+
+# -- a copy of the stream from before a takeover, which shows what this journal made in a former epoch
+
+
+def former(stream_seq: int, seq: int) -> Shown:
+    return Shown(stream_seq, "01D0", "b0", seq, ours=False, former=True)
+
+
+def test_put_back_from_before_a_takeover() -> None:
+    decision = go_on(former(400, 70), Stream(created=OLD, first_seq=1, last_seq=450))
+    assert (decision.sent, decision.expected, decision.resend, decision.lost) == (0, 400, True, True)
+    # The position it stands on afterwards asks for the same again until something is acknowledged.
+    again = go_on(former(400, 70), Stream(created=OLD, first_seq=1, last_seq=450), decision.position)
+    assert (again.sent, again.expected) == (0, 400)
+
+
+def test_put_back_from_before_a_takeover_of_which_nothing_was_sent() -> None:
+    base = msgspec.structs.replace(POSITION, last_epoch=OTHER, last_event_seq=77)
+    assert go_on(former(400, 70), position=base) == GoOn(sent=0, expected=400, lost=True)
+    assert go_on(former(400, 70), position=None) == GoOn(sent=0, expected=400, lost=True)

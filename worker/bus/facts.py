@@ -89,17 +89,18 @@ class Looker:
             except (msgspec.DecodeError, UnicodeDecodeError):
                 head = Head(epoch="", boot="", seq=0)
 
-        def look(tx: Tx) -> tuple[str, StreamPosition | None, bool]:
+        def look(tx: Tx) -> tuple[str, StreamPosition | None, bool, bool]:
             ours = head is not None and tx.owns(head.epoch, head.boot, head.seq)
-            return tx.epoch, tx.position(self._stream), ours
+            former = head is not None and tx.owned(head.epoch, head.boot, head.seq)
+            return tx.epoch, tx.position(self._stream), ours, former
 
-        epoch, position, ours = await self._journal.read(look)
+        epoch, position, ours, former = await self._journal.read(look)
         newer, ours_is = self._position()
         if newer:
             position = ours_is
         shown = None
         if message is not None and head is not None:
-            shown = Shown(message.stream_seq, head.epoch, head.boot, head.seq, ours)
+            shown = Shown(message.stream_seq, head.epoch, head.boot, head.seq, ours, former)
         if needs_deleted(epoch=epoch, position=position, stream=stream, shown=shown):
             info = await js.stream_info(self._stream, deleted=True, timeout=DELETED_TIMEOUT_S)
             stream = Stream(info.created, info.first_seq, info.last_seq, info.num_deleted, info.deleted)

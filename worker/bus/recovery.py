@@ -6,7 +6,7 @@ stream sequence S and event number E), the stream's state, and our newest messag
   shown is what we stand on                                → go on
   shown is not of this journal's making                    → fenced
   shown is ours, E or newer (an acknowledgement was lost)  → all up to it is sent; go on behind it
-  shown is older, or there is none of ours:
+  shown is older (also: of an epoch that this journal has left), or there is none of ours:
     nothing of this epoch was ever acknowledged            → send from the first
     the stream was made anew, or ends before S             → it lost what it had: send again what is kept
     S was evicted or purged                                → nothing is lost that was not meant to go; go on
@@ -35,8 +35,8 @@ class Stream(msgspec.Struct, frozen=True):
 
 
 class Shown(msgspec.Struct, frozen=True):
-    """The newest message below `P.evt.<node>.>`. `ours`: this very journal made it. An empty `epoch`: no
-    event.
+    """The newest message below `P.evt.<node>.>`. `ours`: this very journal made it; `former`: it did so in an
+    epoch that it has left since. An empty `epoch`: no event.
     """
 
     stream_seq: int
@@ -44,6 +44,7 @@ class Shown(msgspec.Struct, frozen=True):
     boot: str
     seq: int
     ours: bool
+    former: bool = False
 
 
 class GoOn(msgspec.Struct, frozen=True):
@@ -76,9 +77,9 @@ def decide(*, epoch: str, position: StreamPosition | None, stream: Stream, shown
     if shown is not None:
         if position is not None and _stands_on(position, stream, shown):
             return GoOn(sent=acked, expected=shown.stream_seq)
-        if not shown.ours:
+        if not shown.ours and not shown.former:
             return IsFenced(_foreign(epoch, shown))
-        if shown.seq >= acked:
+        if shown.ours and shown.seq >= acked:
             return GoOn(
                 sent=shown.seq,
                 expected=shown.stream_seq,
@@ -87,6 +88,8 @@ def decide(*, epoch: str, position: StreamPosition | None, stream: Stream, shown
                 why="an acknowledgement was lost" if shown.seq > acked else "",
             )
     if position is None or not acked:
+        if shown is not None:  # put back from before a takeover, and nothing of this epoch was sent yet
+            return GoOn(sent=0, expected=shown.stream_seq, lost=True)
         return GoOn(sent=0, expected=0, lost=anew)
     lost = _loss(position, stream)
     if lost:
@@ -150,7 +153,7 @@ def _again(stream: Stream, shown: Shown | None, why: str) -> GoOn:
         nothing = StreamPosition(created=stream.created, last_seq=0)
         return GoOn(sent=0, expected=0, position=nothing, resend=True, lost=True, why=why)
     return GoOn(
-        sent=shown.seq,
+        sent=0 if shown.former else shown.seq,
         expected=shown.stream_seq,
         position=_at(stream, shown),
         resend=True,
