@@ -28,6 +28,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=float(os.environ.get("SECONDS") or 30))
     parser.add_argument("--faults", default=os.environ.get("FAULTS") or None, help="only these, by comma")
     parser.add_argument("--record", type=Path, help="write the history that was judged")
+    parser.add_argument("--limit", type=float, help="seconds after which a run that hangs is given up")
     parser.add_argument("--keep", action="store_true", help="leave the folder of the run")
     args = parser.parse_args()
     if not Path("/proc/self/mountinfo").exists():
@@ -41,7 +42,8 @@ def main() -> int:
         kinds.remove("disk_full")
         print("left out: disk_full (without root there is no small disk of our own to fill)")
     print(f"SEED={args.seed} SECONDS={args.seconds:g} FAULTS={','.join(kinds)}", flush=True)
-    history, found = asyncio.run(_within(args.seconds + AFTER_S, args, kinds, private))
+    limit_s = args.limit or args.seconds + AFTER_S
+    history, found = asyncio.run(_within(limit_s, args, kinds, private))
     if args.record is not None:
         args.record.write_bytes(dump(history))
     print(

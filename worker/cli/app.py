@@ -184,7 +184,7 @@ def find_verb(words: list[str]) -> tuple[Verb, list[str]]:
     """The verb that `words` begins with, and what follows it."""
     spelt = ALSO.get(" ".join(words[:2]))
     name, rest = (spelt, words[2:]) if spelt else (words[0], words[1:])
-    if name in FAMILIES and (name not in BY_NAME or " ".join(words[:2]) in BY_NAME):
+    if name in FAMILIES and (name not in BY_NAME or " ".join([name, *rest[:1]]) in BY_NAME.keys() - {name}):
         choices = [verb.split(" ", 1)[1] for verb in BY_NAME if verb.startswith(f"{name} ")]
         if not rest or rest[0] not in choices:
             wrong = f", not {clean(rest[0])}" if rest and not rest[0].startswith("-") else ""
