@@ -62,6 +62,7 @@ def _nothing(rng: random.Random) -> dict[str, Any]:
 FAULTS: dict[str, tuple[int, Draw]] = {
     "worker_kill": (10, _pause),
     "worker_stop": (4, _hold),
+    "worker_restart": (3, _pause),
     "launcher_kill": (4, _nothing),
     "launcher_stop": (3, _hold),
     "both_kill": (3, _pause),

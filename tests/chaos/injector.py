@@ -90,6 +90,16 @@ class Injector:
         if self._world.worker.process is not None:
             await asyncio.to_thread(self._world.worker.kill)
 
+    async def do_worker_restart(self, pause_s: float) -> None:
+        """In order, as for an upgrade."""
+        async with self._world.worker_lock:
+            if self._world.worker.running:
+                code = await asyncio.to_thread(self._world.worker.terminate)
+                if code != 0:
+                    self._history.faults.append(f"the worker ended with {code} when it was told to end")
+            await asyncio.sleep(pause_s)
+            self._world.worker.start()
+
     async def do_worker_stop(self, hold_s: float) -> None:
         async with self._world.worker_lock:
             worker = self._world.worker

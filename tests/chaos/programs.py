@@ -60,7 +60,7 @@ def random_spec(rng: random.Random, mode: str | None = None) -> dict[str, Any]:
     code = rng.choice([0, 0, 3])
     exits = MODES[mode]
     spec: dict[str, Any] = {
-        "image": {"name": IMAGE},
+        "image": {"name": IMAGE, "pull_policy": "never"},
         "command": {
             "entrypoint": ["/bin/sh", "-c", SCRIPT, "talk"],
             "args": [
