@@ -95,7 +95,7 @@ class Injector:
         async with self._world.worker_lock:
             if self._world.worker.running:
                 code = await asyncio.to_thread(self._world.worker.terminate)
-                if code != 0:
+                if code not in (0, -signal.SIGTERM):  # the signal itself, when it had hardly begun
                     self._history.faults.append(f"the worker ended with {code} when it was told to end")
             await asyncio.sleep(pause_s)
             self._world.worker.start()

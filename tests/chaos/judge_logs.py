@@ -7,7 +7,7 @@ a run can be computed from the number of the program, which its lines name.
 import re
 from collections import defaultdict
 from collections.abc import Iterator
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import NamedTuple
 
 from .history import LOGS, History, Message, Violation, Witness
@@ -16,6 +16,7 @@ from .judge_states import UNKNOWN_OUTCOME, Status
 
 MAX_CHUNK = 256 * 1024
 STREAMS = ("stdout", "stderr")
+Mark = tuple[int, int, int]
 REASONS = frozenset({"size", "rate", "disk"})
 LINE = re.compile(rb"([0-9A-HJKMNP-TV-Z]{26})\.(\d{3}) (stdout|stderr) (\d{8}) (x*)\n")
 
@@ -117,6 +118,7 @@ def _check_places(history: History, key: Key, chunks: list[Chunk]) -> Iterator[V
     lost with the stream. One that the server refused may stand behind later ones: then only its place counts.
     """
     generation, reached = 0, 0
+    judged: set[tuple[Mark, Mark]] = set()  # neighbours of earlier generations: a copy holds them again
     for life in _lives(history, chunks):
         placed = sorted(life, key=_place)
         if placed != life and not history.refusals:
@@ -132,12 +134,17 @@ def _check_places(history: History, key: Key, chunks: list[Chunk]) -> Iterator[V
                 yield Violation(
                     "log bytes twice", f"{key} at {chunk.offset}, told up to {expected} (run {chunk.run})"
                 )
-            elif chunk.offset > expected and not unread and not _cut_between(history, before, chunk):
+            elif chunk.offset > expected and not (
+                unread
+                or _cut_between(history, before, chunk)
+                or (before is not None and (_mark(before), _mark(chunk)) in judged)
+            ):
                 yield Violation(
                     "log bytes lost", f"{key}: {expected} to {chunk.offset} is neither there nor covered"
                 )
             before = chunk
             reached = max(reached, chunk.end)
+        judged |= {(_mark(one), _mark(other)) for one, other in pairwise(placed)}
         yield from _check_ends(key, placed)
 
 
@@ -151,6 +158,10 @@ def _lives(history: History, chunks: list[Chunk]) -> Iterator[list[Chunk]]:
 
     for _, members in groupby(chunks, key=life):
         yield list(members)
+
+
+def _mark(chunk: Chunk) -> Mark:
+    return chunk.stream_seq, chunk.offset, chunk.end
 
 
 def _place(chunk: Chunk) -> tuple[int, int, int]:

@@ -75,7 +75,7 @@ def random_spec(rng: random.Random, mode: str | None = None) -> dict[str, Any]:
         "labels": {EXITS: str(code) if exits is None else f"{code},{exits}"},
     }
     if rng.random() < 0.1:
-        spec["logs"] = rng.choice([{"max_size_bytes": 65536}, {"max_rate": "64Ki"}])
+        spec["logs"] = rng.choice([{"max_size_bytes": 8192}, {"max_rate": "2Ki"}])
     if rng.random() < 0.2:
         spec["lifecycle"] = {"delete_on_exit": True}
     return spec

@@ -99,6 +99,21 @@ def test_log_bytes_that_were_purged_unread_are_excused(history: History) -> None
     assert "log bytes lost" in names(history)
 
 
+def test_a_copy_has_the_gaps_of_the_stream_it_was_made_of(history: History) -> None:
+    """Put back from before a chunk, which is lost, and later put back from a copy of that."""
+    chunk = data_chunk(history)
+    logs = [message for message in history.logs if message is not chunk]
+    for generation, upto in ((2, chunk.stream_seq - 1), (3, logs[-1].stream_seq)):
+        again = copy.deepcopy(logs)
+        for message in again:
+            message.generation = generation
+        history.logs += again
+        history.losses.append(Loss(what="put back", stream=LOGS, at=1.0, generation=generation, upto=upto))
+    assert judge(history) == []
+    del history.losses[0]
+    assert "log bytes lost" in names(history)
+
+
 def test_refused_chunks_may_come_later(history: History) -> None:
     defects_logs.swapped_chunks(history)
     history.refusals = 1

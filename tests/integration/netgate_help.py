@@ -134,7 +134,7 @@ def make_listening() -> Iterator[Listening]:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         one = socket.socket(family, kind)
         made.append(one)
-        one.settimeout(10)
+        one.settimeout(30)
         one.bind((host, port))
         if kind == socket.SOCK_STREAM:
             one.listen()
@@ -184,7 +184,7 @@ class Echo:
 
     def has_served(self, count: int) -> None:
         """Wait until it has come round to all that connected."""
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 30
         while self.served < count:
             assert time.monotonic() < deadline, self.served
             time.sleep(0.005)
@@ -222,10 +222,10 @@ def own_address() -> str | None:
 
 def connected(port: int, host: str = "127.0.0.1") -> socket.socket:
     """To a server that may not be there yet."""
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while True:
         try:
-            return socket.create_connection((host, port), timeout=10)
+            return socket.create_connection((host, port), timeout=30)
         except ConnectionRefusedError:
             if time.monotonic() > deadline:
                 raise
@@ -234,12 +234,12 @@ def connected(port: int, host: str = "127.0.0.1") -> socket.socket:
 
 def refused(port: int, host: str = "127.0.0.1", kind: int = socket.SOCK_STREAM) -> bool:
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, kind) as one:
-        one.settimeout(10)
+        one.settimeout(30)
         return one.connect_ex((host, port)) == errno.ECONNREFUSED
 
 
 def appears(path: Path) -> None:
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while not path.exists():
         assert time.monotonic() < deadline, path
         time.sleep(0.005)

@@ -376,10 +376,17 @@ async def test_descriptors_do_not_leak(home: Home, launcher: Launcher, heard: He
         """Nothing runs but two spares: four processes below the nursery."""
         return len(descendants(launcher.pid)) == 5
 
+    seen: list[int] = []
+
+    def rested() -> bool:
+        """The same number each time it was looked at, for a while: a spare is made in several steps."""
+        seen.append(held() if settled() else -len(seen))
+        return len(seen) >= 40 and len(set(seen[-40:])) == 1
+
     await use(0)
-    await until(settled)
+    await until(rested)
     before = held()
     for number in range(1, 9):
         await use(number)
     await until(settled)
-    await until(lambda: held() == before)
+    await until(lambda: held() <= before)

@@ -22,7 +22,7 @@ from worker.bus.connection import Bus
 from worker.bus.facts import Facts, Looker, head_of
 from worker.bus.failures import JetStreamError, NoAnswer, NotConnected
 from worker.bus.jetstream import StreamNames
-from worker.bus.recovery import GoOn, IsFenced, Shown, Stream
+from worker.bus.recovery import GoOn, IsFenced, Shown, Stream, position_at
 from worker.clock import Clock, utc_now
 from worker.errors import ContractError, Fenced, ResourceExhausted, Unavailable
 from worker.journal import Journal, OutboxRow, StreamPosition, Tx
@@ -58,6 +58,7 @@ class OutboxPublisher:
         self._created = ""
         self._verified = -1  # the session of the connection in which the stream was looked at
         self._claimed = False
+        self._taken_from: str | None = None  # the epoch that ours follows, until an event of ours is stored
         self._patience_s = PATIENCE_S
         self._work = asyncio.Event()
         self._rows: deque[OutboxRow] = deque()
@@ -102,6 +103,7 @@ class OutboxPublisher:
 
     async def _take_over(self, facts: Facts, shown: Shown) -> None:
         base = await self._journal.transact(lambda tx: _begin_epoch(tx, self.stream, facts.stream, shown))
+        self._taken_from = shown.epoch
         facts = msgspec.structs.replace(facts, epoch=self._journal.epoch, position=base)
         await self._apply(facts, GoOn(sent=0, expected=shown.stream_seq))
 
@@ -241,6 +243,7 @@ class OutboxPublisher:
     async def _send(self) -> None:
         rows = self.writer.choose(self._rows)
         ack = await self.writer.write(rows, expected=self._expected, patience_s=self._patience_s)
+        self._taken_from = None
         for _ in rows:
             self._rows.popleft()
         head = head_of(rows[-1].payload)
@@ -267,7 +270,11 @@ class OutboxPublisher:
         facts = await self._looker.facts(self._patience_s)
         decision = facts.decide()
         if isinstance(decision, IsFenced):
-            raise Fenced(decision.why)
+            shown = facts.shown
+            if shown is None or shown.epoch != self._taken_from:
+                raise Fenced(decision.why)
+            # It has added to its epoch before it could notice that the name is taken: go on behind that.
+            decision = GoOn(sent=0, expected=shown.stream_seq, position=position_at(facts.stream, shown))
         await self._apply(facts, decision)
 
     async def _facts_at_last(self) -> Facts:
@@ -361,12 +368,6 @@ def _begin_epoch(tx: Tx, name: str, stream: Stream, shown: Shown) -> StreamPosit
         tx.new_epoch(shown.epoch or None, carry_unsent=not copied)
     except ValueError:
         tx.new_epoch(None, carry_unsent=not copied)
-    position = StreamPosition(
-        created=stream.created,
-        last_seq=shown.stream_seq,
-        last_event_seq=shown.seq,
-        last_epoch=shown.epoch,
-        last_boot=shown.boot,
-    )
+    position = position_at(stream, shown)
     tx.put_position(name, position)
     return position

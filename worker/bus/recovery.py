@@ -83,7 +83,7 @@ def decide(*, epoch: str, position: StreamPosition | None, stream: Stream, shown
             return GoOn(
                 sent=shown.seq,
                 expected=shown.stream_seq,
-                position=_at(stream, shown),
+                position=position_at(stream, shown),
                 lost=anew,
                 why="an acknowledgement was lost" if shown.seq > acked else "",
             )
@@ -155,14 +155,15 @@ def _again(stream: Stream, shown: Shown | None, why: str) -> GoOn:
     return GoOn(
         sent=0 if shown.former else shown.seq,
         expected=shown.stream_seq,
-        position=_at(stream, shown),
+        position=position_at(stream, shown),
         resend=True,
         lost=True,
         why=why,
     )
 
 
-def _at(stream: Stream, shown: Shown) -> StreamPosition:
+def position_at(stream: Stream, shown: Shown) -> StreamPosition:
+    """What a journal that goes on behind `shown` remembers."""
     return StreamPosition(
         created=stream.created,
         last_seq=shown.stream_seq,
