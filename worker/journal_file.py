@@ -21,6 +21,12 @@ from worker.journal_schema import APPLICATION_ID, MIGRATIONS, MINIMUM_SQLITE
 
 KEPT_BOOTS = 10_000
 
+# Overwriting a file's bytes and syncing them costs a quarter of appending them, which the file system's own log has to
+# hear of (measured on ext4: 0.2 ms beside 0.4 to 0.9). SQLite begins again at the front of its log after a checkpoint,
+# which comes after 1,000 pages; so this is as long as it gets in ordinary use.
+LOG_BYTES = 32 + 1000 * (24 + 4096)
+SPARE_BYTES = 16 * LOG_BYTES
+
 CHECKED_BYTES_PER_S = 400e6  # measured: 1.2 GB/s from the page cache
 _SMALL_TABLES = (
     "journal",
@@ -64,6 +70,7 @@ def open_database(
         if not os.path.lexists(path):
             _create(path, node, epoch, expected_epoch, takeover, ulids, clock)
         _look_at_file(path)
+        _lengthen_log(path.with_name(path.name + "-wal"))
         connection = _connect(path)
     except (OSError, sqlite3.Error) as failure:
         raise _cannot_open(path, failure) from failure
@@ -226,6 +233,23 @@ def _look_at_file(path: Path) -> None:
             f"{path} is a database of another program (application id {found:#x}): it is left as it is;"
             " use another --data-dir"
         )
+
+
+def _lengthen_log(log: Path) -> None:
+    """Have zeros behind what stands in the write-ahead log: SQLite reads up to the first frame whose checksum is wrong,
+    and takes a log that begins with zeros for an empty one (https://www.sqlite.org/fileformat2.html#the_write_ahead_log).
+
+    On a disk with little space the log grows as it is used.
+    """
+    descriptor = os.open(log, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        length = os.fstat(descriptor).st_size
+        disk = os.fstatvfs(descriptor)
+        if length < LOG_BYTES and disk.f_bavail * disk.f_frsize > SPARE_BYTES:
+            os.pwrite(descriptor, bytes(LOG_BYTES - length), length)
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _check_version(connection: sqlite3.Connection, path: Path) -> None:
