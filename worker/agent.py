@@ -58,6 +58,7 @@ from worker.services import Services
 from worker.stats import Sampler
 from worker.supervisor import Launcher
 from worker.volume_s3.mirrors import Mirrors
+from worker.volumes import find_limits
 from worker.volumes_named import sweep_gone
 
 # What of a spec this worker honours; the rest is refused by name.
@@ -194,7 +195,9 @@ class Agent:
             boot_id = machine_boot_id() or ""
             launcher = await attach_own(data, journal, boot_id)
             slots = config.node.slots or os.cpu_count() or 1
-            capabilities = await probing
+            await probing
+            await asyncio.to_thread(find_limits, driver, data.volumes)
+            capabilities = driver.capabilities()
             features = features_of(capabilities, changes_user=driver.changes_user())
             services = Services(
                 config=config,

@@ -9,7 +9,7 @@ from schemas.errors import ContractError
 from schemas.events import ImageAction
 from schemas.spec import PullPolicy
 from worker.images.keeping import Pruned
-from worker.images.model import ImageInfo
+from worker.images.model import SECRET, ImageInfo
 from worker.images.verify import Damage
 from worker.journal import Tx
 from worker.services import Services
@@ -81,7 +81,9 @@ async def _repair(services: Services, work: Work, name: str, damaged: list[Damag
         return "it was made of a folder of this node: register it again"
     try:
         services.check_image(name, field="image")
-        pulled = await services.puller.pull(name, PullPolicy.ALWAYS)
+        there = services.images.find(name)
+        auth = None if there is None else there.marks.get(SECRET)
+        pulled = await services.puller.pull(name, PullPolicy.ALWAYS, auth)
     except ContractError as failure:
         return failure.message[:MAX_REASON]
     if pulled.fetched:

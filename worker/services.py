@@ -246,9 +246,9 @@ class Services:
         policy = msgspec.structs.replace(policy, user=self.run_as(record.spec, image, dirs.rootfs))
         try:
             if policy.isolation == ROOTED:
-                make_sources(policy.volumes)
+                make_sources(policy.volumes, self.driver.folder_limits)
             else:
-                mount_volumes(policy.volumes, dirs.rootfs)
+                mount_volumes(policy.volumes, dirs.rootfs, self.driver.folder_limits)
             _write(dirs.state / "config.json", _encode(record.spec))
             profile = self.driver.describe(policy)
             name = "sandbox.sb" if profile.language == "sbpl" else "sandbox.json"

@@ -137,7 +137,7 @@ class Starter:
         request = self.start_request(record, policy, told)
         scratch = [volume for volume in policy.volumes if volume.kind == "tmpfs"]
         if scratch:
-            await services.in_thread(empty_tmpfs, scratch)
+            await services.in_thread(empty_tmpfs, scratch, services.driver.folder_limits)
             if policy.user is not None:
                 await services.in_thread(give_volumes, scratch, policy.user)
         if work.overtaken_by is not None:

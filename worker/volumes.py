@@ -8,18 +8,32 @@ else's, so each step is resolved inside the root.
 import errno
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
+from loguru import logger
+
 from worker.errors import CreateFailed, Unsupported
+from worker.ids import new_ulid
 from worker.images.trees import remove_tree
-from worker.platform.base import VolumeMount
+from worker.platform.base import Driver, FolderLimits, VolumeMount
 from worker.rootpath import resolve_in_root
-from worker.volumes_named import make_named
+from worker.volumes_named import GONE, make_named
 
 OWN_KINDS = ("named", "anonymous", "tmpfs")
 
 
-def mount_volumes(volumes: Iterable[VolumeMount], rootfs: Path) -> None:
+def find_limits(driver: Driver, root: Path) -> None:
+    """Let the driver see whether folders in `root`, where the named volumes are, can be held to a size. Blocking."""
+    try:
+        driver.find_folder_limits(
+            root / f"{GONE}{new_ulid()}"
+        )  # which the next start deletes, if this one dies
+    except OSError as failure:
+        logger.warning("whether {} holds volumes to a size cannot be seen: {}", root, failure)
+
+
+def mount_volumes(volumes: Iterable[VolumeMount], rootfs: Path, limits: FolderLimits | None = None) -> None:
     """Make the sources that are ours and put a link at each target. What the image has there is covered: gone.
 
     Raises Unsupported for a target below another volume's, CreateFailed for one that cannot be made.
@@ -33,7 +47,7 @@ def mount_volumes(volumes: Iterable[VolumeMount], rootfs: Path) -> None:
                 field="spec.storage",
             )
         placed.append(volume.target)
-        make_sources((volume,))
+        make_sources((volume,), limits)
         try:
             _link(volume, rootfs)
         except OSError as failure:
@@ -42,13 +56,13 @@ def mount_volumes(volumes: Iterable[VolumeMount], rootfs: Path) -> None:
             ) from failure
 
 
-def make_sources(volumes: Iterable[VolumeMount]) -> None:
-    """Make the folders that are ours to make. CreateFailed."""
+def make_sources(volumes: Iterable[VolumeMount], limits: FolderLimits | None = None) -> None:
+    """Make the folders that are ours to make, held to their size where there are `limits`. CreateFailed, Conflict."""
     for volume in volumes:
         if volume.kind == "named":
-            make_named(Path(volume.source), volume.size_bytes)
+            make_named(Path(volume.source), volume.size_bytes, limits)
         elif volume.kind in OWN_KINDS:
-            _make_source(volume)
+            _make_source(volume, limits)
 
 
 def make_places(volumes: Iterable[VolumeMount]) -> None:
@@ -73,18 +87,23 @@ def make_places(volumes: Iterable[VolumeMount]) -> None:
             ) from failure
 
 
-def empty_tmpfs(volumes: Iterable[VolumeMount]) -> None:
+def empty_tmpfs(volumes: Iterable[VolumeMount], limits: FolderLimits | None = None) -> None:
     """A `tmpfs` begins each run empty."""
     for volume in volumes:
         if volume.kind == "tmpfs":
             remove_tree(Path(volume.source))
-            _make_source(volume)
+            _make_source(volume, limits)
 
 
-def _make_source(volume: VolumeMount) -> None:
+def _make_source(volume: VolumeMount, limits: FolderLimits | None = None) -> None:
     source = Path(volume.source)
     try:
-        source.mkdir(mode=0o700, parents=True, exist_ok=True)
+        source.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if limits is not None and volume.size_bytes is not None:
+            with suppress(FileExistsError):
+                limits.make(source, volume.size_bytes, 0o700)
+        else:
+            source.mkdir(mode=0o700, exist_ok=True)
         if volume.mode is not None:
             source.chmod(volume.mode)
     except OSError as failure:

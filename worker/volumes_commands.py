@@ -37,8 +37,9 @@ class VolumeCommands:
         async with self._turn:
             if isinstance(command, CreateVolume):
                 size = None if command.size is None else parse_memory(command.size, field="size")
-                made = await self._services.in_thread(
-                    create_named, self._services.data.volumes, command.name, size
+                services = self._services
+                made = await services.in_thread(
+                    create_named, services.data.volumes, command.name, size, services.driver.folder_limits
                 )
                 return {"name": command.name, "created": made}
             try:

@@ -1,7 +1,7 @@
 """Named volumes: folders of the node that outlive every container, and what is remembered of them.
 
     {data_dir}/volumes/{name}/          the volume itself
-    {data_dir}/volumes/.about/{name}    when it was made, and the size it was asked for
+    {data_dir}/volumes/.about/{name}    when it was made, the size it was asked for, and whether that is held
 
 A volume without a file in `.about` is one all the same.
 """
@@ -9,6 +9,7 @@ A volume without a file in `.about` is one all the same.
 import errno
 import os
 import stat
+import threading
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -19,6 +20,7 @@ from worker.errors import Conflict, CreateFailed, NotFound, ResourceExhausted
 from worker.ids import new_ulid
 from worker.images.trees import remove_tree
 from worker.node_file import replace_file
+from worker.platform.base import FolderLimits
 from worker.platform.descent import OPEN_DIRECTORY, Descent, Moved
 
 ABOUT = ".about"
@@ -28,14 +30,18 @@ _encode = msgspec.json.Encoder().encode
 
 
 class About(msgspec.Struct, frozen=True, kw_only=True):
+    """`held`: the file system refuses what goes beyond `size_bytes`."""
+
     created_at: datetime
     size_bytes: int | None = None
+    held: bool = False
 
 
 class Named(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     created_at: datetime
     size_bytes: int | None
+    held: bool = False
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,35 +55,56 @@ class Usage(msgspec.Struct, frozen=True, kw_only=True):
 _decode = msgspec.json.Decoder(About).decode
 
 
-def make_named(folder: Path, size_bytes: int | None) -> bool:
-    """Make the volume whose folder this is; False when it is there. Blocking. CreateFailed, ResourceExhausted."""
+_making = threading.Lock()
+
+
+def make_named(folder: Path, size_bytes: int | None, limits: FolderLimits | None = None) -> bool:
+    """Make the volume whose folder this is, held to its size where there are `limits`; False when it is there.
+
+    Blocking. CreateFailed, ResourceExhausted. Conflict when it is there, and not held to a size that could be.
+    """
     about = folder.parent / ABOUT
-    try:
-        about.mkdir(mode=0o700, parents=True, exist_ok=True)
+    held = limits is not None and size_bytes is not None
+    with _making:
         try:
-            folder.mkdir(mode=0o700)  # of many that try, one makes it
-        except FileExistsError:
-            if folder.is_dir() and not folder.is_symlink():
+            about.mkdir(mode=0o700, parents=True, exist_ok=True)
+            try:
+                if limits is not None and size_bytes is not None:
+                    limits.make(folder, size_bytes, 0o700)
+                else:
+                    folder.mkdir(mode=0o700)
+            except FileExistsError:
+                if not folder.is_dir() or folder.is_symlink():
+                    raise
+                there = about_named(folder.parent, folder.name)
+                if held and not (there.held and there.size_bytes == size_bytes):
+                    raise _other_size(there) from None
                 return False
-            raise
-        told = About(created_at=datetime.now(UTC), size_bytes=size_bytes)
-        replace_file(about / folder.name, _encode(told))
-    except OSError as failure:
-        kind = ResourceExhausted if failure.errno in _FULL else CreateFailed
-        why = "is no directory" if failure.errno == errno.EEXIST else f"cannot be made: {failure.strerror}"
-        raise kind(f"{failure.filename} {why}", field="name") from failure
+            told = About(created_at=datetime.now(UTC), size_bytes=size_bytes, held=held)
+            replace_file(about / folder.name, _encode(told))
+        except OSError as failure:
+            kind = ResourceExhausted if failure.errno in _FULL else CreateFailed
+            why = (
+                "is no directory" if failure.errno == errno.EEXIST else f"cannot be made: {failure.strerror}"
+            )
+            raise kind(f"{failure.filename or folder} {why}", field="name") from failure
     return True
 
 
-def create_named(root: Path, name: str, size_bytes: int | None) -> bool:
+def create_named(root: Path, name: str, size_bytes: int | None, limits: FolderLimits | None = None) -> bool:
     """As `make_named`; Conflict when it is there with another size."""
-    if make_named(root / name, size_bytes):
+    if make_named(root / name, size_bytes, limits):
         return True
-    there = about_named(root, name).size_bytes
-    if size_bytes is not None and there != size_bytes:
-        known = "without a size" if there is None else f"with a size of {there} bytes"
-        raise Conflict(f"the volume {name} is there already, {known}", field="size")
+    there = about_named(root, name)
+    if size_bytes is not None and there.size_bytes != size_bytes:
+        raise _other_size(there)
     return False
+
+
+def _other_size(there: Named) -> Conflict:
+    known = "without a size" if there.size_bytes is None else f"with a size of {there.size_bytes} bytes"
+    loose = "" if there.held or there.size_bytes is None else ", which nothing holds it to"
+    return Conflict(f"the volume {there.name} is there already, {known}{loose}", field="size")
 
 
 def about_named(root: Path, name: str) -> Named:
@@ -92,7 +119,7 @@ def about_named(root: Path, name: str) -> Named:
         about = _decode((root / ABOUT / name).read_bytes())
     except (OSError, msgspec.DecodeError):
         about = About(created_at=datetime.fromtimestamp(found.st_ctime, UTC))
-    return Named(name=name, created_at=about.created_at, size_bytes=about.size_bytes)
+    return Named(name=name, created_at=about.created_at, size_bytes=about.size_bytes, held=about.held)
 
 
 def list_named(root: Path) -> list[Named]:

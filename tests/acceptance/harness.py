@@ -442,9 +442,13 @@ class Fleet:
         except BaseException:
             shutil.rmtree(self.folder, ignore_errors=True)
             raise
-        self.worker.start()
-        await self.client.connect(self.server.url)
-        await self.ready()
+        try:
+            self.worker.start()
+            await self.client.connect(self.server.url)
+            await self.ready()
+        except BaseException:
+            await self.__aexit__()
+            raise
         return self
 
     async def ready(self, boots: int = 1) -> None:

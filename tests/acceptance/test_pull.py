@@ -102,6 +102,21 @@ async def test_a_create_pulls_and_runs(fleet: Fleet, registry: Registry) -> None
     await fleet.client.ok("puller-0", "remove")
 
 
+async def test_a_repair_uses_the_secret_that_the_image_was_had_by(fleet: Fleet, registry: Registry) -> None:
+    made = layer({"hello": b"for those who may\n"})
+    put_image(registry, "kept", [made], "1", **SCRIPT)
+    name = f"{registry.host}/kept:1"
+    refused = await fleet.client.do(None, "pull_image", image=name)
+    assert refused["error"]["code"] == "pull_failed"
+    await fleet.client.ok(None, "pull_image", image=name, auth="hub")
+    blob = fleet.folder / "node/data/images/blobs/sha256" / made.digest.removeprefix("sha256:")
+    blob.write_bytes(b"damaged")
+    done = await fleet.client.ok(None, "verify_images", image=name, repair=True)
+    (told,) = done["result"]["damaged"]
+    assert (told["repaired"], told["error"]) == (True, None)
+    assert blob.read_bytes() == made.content
+
+
 @pytest.mark.parametrize("verb", ["stop", "remove"])
 async def test_a_create_that_pulls_is_overtaken_at_once(fleet: Fleet, registry: Registry, verb: str) -> None:
     big = layer({"big": os.urandom(1 << 20)})

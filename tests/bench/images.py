@@ -5,17 +5,17 @@ share blocks, made in files and mounted for the while, where this is root and ha
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from tests.acceptance.harness import Fleet
+from tests.file_systems import mounted, temporary_in
 
 Row = Callable[[str, float | None, str, str, bool | None], dict[str, Any]]
 
@@ -23,8 +23,6 @@ CONFIG = '[policy]\nregister_roots = ["{images}"]\n'
 FOLDERS, FILES, SIZE = 100, 100, 1000
 ROUNDS = 3
 PATIENCE_S = 120.0
-# The streams reserve 20 GiB of it; the file is sparse.
-IMAGE_BYTES = 64 << 30
 # mkfs with its options, and the share of cp's time that a create may take.
 SHARING = {"xfs": (["mkfs.xfs", "-q", "-m", "reflink=1"], 1.5), "btrfs": (["mkfs.btrfs", "-q"], 1.5)}
 
@@ -35,11 +33,11 @@ async def measure(fleet: Fleet, row: Row) -> list[dict[str, Any]]:
         if os.geteuid() != 0 or shutil.which(mkfs[0]) is None:
             rows.append(row(f"create ÷ cp on {kind}", None, "", f"needs root and {mkfs[0]}", None))
             continue
-        with _mounted(mkfs) as place:
+        with mounted(mkfs) as place:
             if place is None:
                 rows.append(row(f"create ÷ cp on {kind}", None, "", "cannot be mounted here", None))
                 continue
-            with _temporary_in(place):
+            with temporary_in(place):
                 other = Fleet(CONFIG)
             async with other:
                 rows += await _beside_cp(other, kind, limit, row)
@@ -82,38 +80,3 @@ async def _done(fleet: Fleet, cid: str | None, verb: str, **fields: Any) -> None
         lambda e: e["type"] == "command_completed" and e["command_id"] == command, deadline_s=PATIENCE_S
     )
     assert done["ok"], done["error"]
-
-
-@contextlib.contextmanager
-def _mounted(mkfs: list[str]) -> Iterator[Path | None]:
-    """A file system of its own in a file; None where this system mounts none."""
-    folder = Path(tempfile.mkdtemp(prefix="sandfleet-bench-"))
-    image, place = folder / "image", folder / "place"
-    try:
-        with image.open("wb") as file:
-            file.truncate(IMAGE_BYTES)
-        place.mkdir()
-        made = subprocess.run([*mkfs, str(image)], capture_output=True, check=False)
-        mount = ["mount", "-o", "loop", str(image), str(place)]
-        if made.returncode != 0 or subprocess.run(mount, capture_output=True, check=False).returncode != 0:
-            yield None
-            return
-        try:
-            yield place
-        finally:
-            subprocess.run(["umount", str(place)], check=True)
-    finally:
-        # Not a tree: were it still mounted, nothing in it would be touched.
-        image.unlink(missing_ok=True)
-        with contextlib.suppress(OSError):
-            place.rmdir()
-            folder.rmdir()
-
-
-@contextlib.contextmanager
-def _temporary_in(place: Path) -> Iterator[None]:
-    before, tempfile.tempdir = tempfile.tempdir, str(place)
-    try:
-        yield
-    finally:
-        tempfile.tempdir = before

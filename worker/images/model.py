@@ -21,9 +21,10 @@ NATIVE = "dev.sandfleet.image.native"
 BYTES = "dev.sandfleet.image.bytes"
 ENTRIES = "dev.sandfleet.image.entries"
 # On an index entry. PULLED marks one that came from a registry, whose manifest is the registry's own; beside it
-# the digest of the index that it was chosen from, if there was one.
+# the digest of the index that it was chosen from, if there was one, and the name of the secret that it was had by.
 PULLED = "dev.sandfleet.image.pulled"
 FROM_INDEX = "dev.sandfleet.image.index"
+SECRET = "dev.sandfleet.image.secret"
 REF_NAME = "org.opencontainers.image.ref.name"
 CREATED = "org.opencontainers.image.created"
 

@@ -9,7 +9,6 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager, contextmanager
-from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,10 @@ from loguru import logger
 from schemas.events import ImagePhase
 from schemas.spec import PullPolicy
 from worker.config import Config
-from worker.errors import Configuration, ContractError, PolicyDenied, PullFailed
-from worker.log import register_secret
+from worker.errors import Configuration, PullFailed
 from worker.secret_files import SecretReader
 
+from .access import Access
 from .flight import Flight, Pulled, PullProgress, Tell
 from .model import FROM_INDEX, ImageInfo, oci_platform
 from .pulled import Plan, TakeIn, Unpack, disk_failed, make_plan
@@ -31,7 +30,6 @@ from .registry.addresses import is_loopback_name, names_host
 from .registry.auth import Authorizer
 from .registry.channel import Dialer, Resolve, resolve
 from .registry.client import RegistryClient
-from .registry.credentials import Credentials, from_docker_config, from_secret
 from .registry.download import Ingest, fetch
 from .registry.manifests import Blob
 from .registry.patience import Patience
@@ -67,7 +65,7 @@ class Puller:
         self._store = store
         self._config = config
         self._settings = config.images
-        self._secrets = secrets
+        self._access = Access(config, secrets)
         self._tell = tell
         self._patience = patience or Patience()
         self._here = here or oci_platform()
@@ -86,6 +84,11 @@ class Puller:
         self._flights: dict[tuple[str, str | None], Flight] = {}
         self._tasks: set[asyncio.Task[Pulled]] = set()
         self._locks: dict[str, tuple[asyncio.Lock, int]] = {}
+
+    def grant(self, config: Config) -> None:
+        """Go by the policy of `config` from now on; how registries are reached stays."""
+        self._config = config
+        self._access.grant(config)
 
     async def close(self) -> None:
         """Gives up what is under way and waits for its threads."""
@@ -123,7 +126,7 @@ class Puller:
         if policy is PullPolicy.NEVER:
             raise PullFailed(f"{name} is not on this node, and the policy is never", field="image")
         image = registry_image(name)
-        self._check_grant(auth, image)
+        self._access.check(auth, image)
         if on_fetch is not None:
             await on_fetch()
         try:
@@ -142,18 +145,6 @@ class Puller:
     def _known(self, name: str) -> ImageInfo | None:
         found = self._store.find(name)
         return None if found is None else self._store.info(found)
-
-    def _check_grant(self, auth: str | None, image: RegistryImage) -> None:
-        """A secret goes only where the operator said: whoever names a registry could collect it otherwise."""
-        if auth is None:
-            return
-        patterns = self._config.policy.registry_secrets.get(auth, ())
-        if not any(fnmatchcase(image.host, pattern) for pattern in patterns):
-            raise PolicyDenied(
-                f"the secret {auth[:128]} may not be sent to {image.host}; "
-                + self._config.how_to_allow("registry_secrets", auth),
-                field="auth",
-            )
 
     async def _join(self, name: str, image: RegistryImage, auth: str | None) -> Pulled:
         key = (name, auth)
@@ -201,9 +192,9 @@ class Puller:
                 for warning in plan.warnings:
                     logger.warning("{}", warning)
                 async with self._holding(flight, plan):
-                    return await self._take_in(flight, client, plan)
+                    return await self._take_in(flight, client, plan, auth)
 
-    async def _take_in(self, flight: Flight, client: RegistryClient, plan: Plan) -> Pulled:
+    async def _take_in(self, flight: Flight, client: RegistryClient, plan: Plan, auth: str | None) -> Pulled:
         work = TakeIn(self._store, self._ingest, plan, flight.stop)
         missing = await flight.thread(work.missing)
         await flight.thread(partial(work.check_space, missing))
@@ -217,7 +208,7 @@ class Puller:
             notes = await flight.thread(partial(work.unpack, self._unpack))
         for note in notes:
             logger.info("{}: {}", flight.name, note)
-        info = await flight.thread(partial(work.publish, flight.name))
+        info = await flight.thread(partial(work.publish, flight.name, auth))
         logger.info(
             "pulled {} as {} ({} of {} layers fetched)",
             info.name,
@@ -248,9 +239,7 @@ class Puller:
     def _open_client(
         self, flight: Flight, image: RegistryImage, auth: str | None
     ) -> tuple[RegistryClient, Http]:
-        credentials = self._credentials(image, auth)
-        for secret in credentials.secrets if credentials else ():
-            register_secret(secret)
+        credentials = self._access.credentials(image, auth)
         plain = is_loopback_name(image.hostname) or image.host in self._settings.plain_http
         named = names_host(self._config.policy.images, image.host) or image.host in self._settings.plain_http
         pattern = f"{image.host}/*"
@@ -268,18 +257,6 @@ class Puller:
         authorizer = Authorizer(http, image.host, image.repository, credentials)
         client = RegistryClient(http, image, authorizer, self._patience, flight.stop, plain=plain)
         return client, http
-
-    def _credentials(self, image: RegistryImage, auth: str | None) -> Credentials | None:
-        if auth is not None:
-            try:
-                return from_secret(self._secrets.read(auth), image.host, auth)
-            except PullFailed:
-                raise
-            except ContractError as failure:
-                raise PullFailed(failure.message, field="auth") from failure
-        if self._settings.docker_config is not None:
-            return from_docker_config(Path(self._settings.docker_config), image.host)
-        return None
 
     def _is_whole(self, name: str) -> bool:
         found = self._store.find(name)

@@ -18,7 +18,7 @@ from worker.platform.descent import OPEN_DIRECTORY
 
 from .chain import chain_id
 from .layout import Layout, is_out_of_space
-from .model import FROM_INDEX, PULLED, ConfigDocument, Descriptor, ImageInfo, Tree
+from .model import FROM_INDEX, PULLED, SECRET, ConfigDocument, Descriptor, ImageInfo, Tree
 from .reference import DIGEST
 from .register import sync_file_system
 from .registry.client import Document, RegistryClient
@@ -251,10 +251,12 @@ class TakeIn:
                 raise disk_failed(failure, "unpack") from failure
         return report.notes
 
-    def publish(self, name: str) -> ImageInfo:
-        """Give the image its name."""
+    def publish(self, name: str, auth: str | None = None) -> ImageInfo:
+        """Give the image its name, and remember the name of the secret that it was had by."""
         plan = self._plan
         marks = {PULLED: "1"}
+        if auth is not None:
+            marks[SECRET] = auth
         if plan.index_digest is not None:
             marks[FROM_INDEX] = plan.index_digest
         with self._layout.locked():

@@ -8,7 +8,6 @@ import ssl
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager, contextmanager
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,10 +16,10 @@ from loguru import logger
 
 from schemas.events import ImagePhase, LayerProgress
 from worker.config import Config
-from worker.errors import ContractError, PolicyDenied, PullFailed
-from worker.log import register_secret
+from worker.errors import ContractError, PolicyDenied
 from worker.secret_files import SecretReader
 
+from .access import Access
 from .archive_load import Loaded, load_archive
 from .archive_store import open_image
 from .archive_write import SavedBlob, SavedImage
@@ -30,7 +29,6 @@ from .push import PATIENCE, Parcel, Pushed, Reach, push
 from .reference import parse_name
 from .registry.addresses import names_host
 from .registry.channel import Resolve, resolve
-from .registry.credentials import Credentials, from_docker_config, from_secret
 from .registry.patience import Patience
 from .registry.reference import RegistryImage, registry_image
 from .registry.stopping import StopSignal
@@ -68,7 +66,7 @@ class Transfers:
         self._store = store
         self._config = config
         self._settings = config.images
-        self._secrets = secrets
+        self._access = Access(config, secrets)
         self._tell = tell
         self._patience = patience or PATIENCE
         self._here = here or oci_platform()
@@ -77,6 +75,11 @@ class Transfers:
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="transfer")
         self._light = ThreadPoolExecutor(_LIGHT_THREADS, thread_name_prefix="download")
         self._stops: set[StopSignal] = set()
+
+    def grant(self, config: Config) -> None:
+        """Go by the policy of `config` from now on; how registries are reached stays."""
+        self._config = config
+        self._access.grant(config)
 
     async def close(self) -> None:
         """Calls off what is under way and waits for its threads."""
@@ -128,7 +131,7 @@ class Transfers:
         parse_name(target, field="target")
         image = registry_image(target, field="target")
         self._check_target(target)
-        self._check_grant(auth, image)
+        self._access.check(auth, image)
         stop = StopSignal()
         progress = _Progress(target)
         async with progress.telling(self._tell):
@@ -159,29 +162,14 @@ class Transfers:
                 field="target",
             )
 
-    def _check_grant(self, auth: str | None, image: RegistryImage) -> None:
-        """As for pulls: whoever names a registry could collect the secret otherwise."""
-        if auth is None:
-            return
-        patterns = self._config.policy.registry_secrets.get(auth, ())
-        if not any(fnmatchcase(image.host, pattern) for pattern in patterns):
-            raise PolicyDenied(
-                f"the secret {auth[:128]} may not be sent to {image.host}; "
-                + self._config.how_to_allow("registry_secrets", auth),
-                field="auth",
-            )
-
     def _reach(self, image: RegistryImage, auth: str | None) -> Reach:
-        credentials = self._credentials(image, auth)
-        for secret in credentials.secrets if credentials else ():
-            register_secret(secret)
         settings = self._settings
         self._tls = self._tls or tls_context(Path(settings.ca) if settings.ca else None)
         plain = image.host in settings.plain_http
         pattern = f"{image.host}/*"
         return Reach(
             tls=self._tls,
-            credentials=credentials,
+            credentials=self._access.credentials(image, auth),
             plain=plain,
             private=plain or names_host(self._config.policy.push, image.host),
             how_to_allow=f"; an operator may name the registry: {self._config.how_to_allow('push', pattern)}",
@@ -189,16 +177,6 @@ class Transfers:
             resolve=self._resolve,
             max_parallel=settings.max_parallel,
         )
-
-    def _credentials(self, image: RegistryImage, auth: str | None) -> Credentials | None:
-        if auth is not None:
-            try:
-                return from_secret(self._secrets.read(auth), image.host, auth)
-            except ContractError as failure:
-                raise PullFailed(failure.message, field="auth") from failure
-        if self._settings.docker_config is not None:
-            return from_docker_config(Path(self._settings.docker_config), image.host)
-        return None
 
     def _mount_from(self, name: str, image: RegistryImage) -> str | None:
         """The repository that the image was pulled from, where it is another one of the same registry."""

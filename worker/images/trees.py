@@ -62,8 +62,7 @@ class _Removal:
         self._path = path
         self._deadline = deadline
         self._failure: OSError | None = None
-        self._device = 0
-        self._mount: int | None = None
+        self._standing = (0, 0)
 
     def run(self) -> None:
         while not self._attempt():
@@ -84,9 +83,8 @@ class _Removal:
             os.unlink(name, dir_fd=self._parent)
             return True
         walk = Descent(top)
-        self._device = os.fstat(top).st_dev
-        self._mount = _mount_id(top)
-        if _mount_id(self._parent) != self._mount:
+        self._standing = _standing(top)
+        if _mount_id(self._parent) != _mount_id(top):
             walk.close()
             raise OSError(errno.EBUSY, "is a mount point", str(self._path))
         try:
@@ -139,7 +137,7 @@ class _Removal:
         return level
 
     def _enter(self, walk: Descent, name: str, level: _Level) -> bool:
-        """Go down into `name` if it is a directory of this file system; what is none is deleted."""
+        """Go down into `name` if it is a directory of this mount; what is none is deleted."""
         try:
             fd = _open_to_delete(walk.fd, name)
         except OSError as failure:
@@ -148,7 +146,7 @@ class _Removal:
             elif failure.errno not in _GONE:
                 self._note(failure, walk.path(name), level)
             return False
-        if os.fstat(fd).st_dev != self._device or _mount_id(fd) != self._mount:
+        if _standing(fd) != self._standing:
             os.close(fd)
             self._note(OSError(errno.EBUSY, "is a mount point"), walk.path(name), level)
             return False
@@ -212,6 +210,14 @@ def make_accessible(parent: int, name: str) -> None:
         os.chmod(f"/proc/self/fd/{fd}", 0o700)
     finally:
         os.close(fd)
+
+
+def _standing(fd: int) -> tuple[int, int]:
+    """Which mount a descriptor stands on. The device tells only where nothing else does: a subvolume of btrfs has one
+    of its own, and everybody may make one in a folder that is theirs to write.
+    """
+    mount = _mount_id(fd)
+    return (0, os.fstat(fd).st_dev) if mount is None else (1, mount)
 
 
 def _mount_id(fd: int) -> int | None:

@@ -228,6 +228,13 @@ class Rules(Protocol):
     def describe(self, policy: SandboxPolicy) -> Profile: ...
 
 
+class FolderLimits(Protocol):
+    """A way to have folders that the kernel holds to a size."""
+
+    def make(self, folder: Path, size_bytes: int, mode: int) -> None:
+        """Make the folder, with that mode. OSError, FileExistsError where something stands."""
+
+
 class Driver(Rules, Protocol):
     """One per platform, chosen by `worker.platform.driver()`."""
 
@@ -239,6 +246,15 @@ class Driver(Rules, Protocol):
 
     def measure_clone(self, source: Path, target: Path) -> CloneChoice:
         """What is best from one folder to the other, by doing it. Blocking. OSError."""
+
+    def find_folder_limits(self, place: Path) -> None:
+        """See, by doing it at `place`, whether folders can be held to a size: `capabilities` and `not_enforced` tell
+        of it from then on. Blocking. OSError.
+        """
+
+    @property
+    def folder_limits(self) -> FolderLimits | None:
+        """None where folders cannot be held to a size, and before it was tried."""
 
     def changes_user(self) -> bool:
         """Whether this worker may run containers as other users than its own."""

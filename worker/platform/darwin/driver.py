@@ -12,7 +12,7 @@ import msgspec
 
 from schemas.node import Capabilities
 from worker.errors import Unavailable
-from worker.platform.base import CloneChoice, CloneReport, SandboxPolicy
+from worker.platform.base import CloneChoice, CloneReport, FolderLimits, SandboxPolicy
 
 from .clone import DarwinCloner
 from .describe import OLDEST_RELEASE, SeatbeltRules
@@ -81,6 +81,13 @@ class DarwinDriver(SeatbeltRules):
 
     def measure_clone(self, source: Path, target: Path) -> CloneChoice:
         return self._cloner.measure(source, target)
+
+    def find_folder_limits(self, place: Path) -> None:
+        """APFS limits no folder."""
+
+    @property
+    def folder_limits(self) -> FolderLimits | None:
+        return None
 
     def changes_user(self) -> bool:
         return os.geteuid() == 0

@@ -7,13 +7,14 @@ from typing import Any
 
 import msgspec
 
-from schemas.node import Capabilities, NotEnforced
+from schemas.node import Capabilities, Feature, NotEnforced
 from schemas.status import Network
 from worker.errors import Configuration, Unsupported
 from worker.platform.base import (
     ROOTED,
     CloneChoice,
     CloneReport,
+    FolderLimits,
     Limits,
     NetworkPolicy,
     PathRule,
@@ -32,6 +33,7 @@ from .notify import supported as gates_supported
 from .proc import LinuxProcessTable, allocated_bytes
 from .render import render
 from .rootplan import make_root, shows_system
+from .sizes import find_limits
 
 # What Landlock restricts at each level: binding, connecting. To deny one port where all others are open
 # would take a rule for each of these, 42 ms at every start.
@@ -68,6 +70,7 @@ class LinuxDriver:
             Able() if rooted is None else Able(user=not self._root, reason="" if rooted else "not here")
         )
         self._ports = ports
+        self._sizes: FolderLimits | None = None
 
     def capabilities(self) -> Capabilities:
         # Levels that hold at least by port; `not_enforced` says how much less than the contract that is.
@@ -86,12 +89,14 @@ class LinuxDriver:
                 *["memory", "cpu_time_limit", "max_files", "ulimits"],
                 *[name for name in ("pids", "cpu") if name in self._controllers],
             ],
-            not_enforced=gaps.of_machine(
-                self._abi,
-                self._filter,
-                rooted=not self._able.reason,
-                ports=self._has_ports(),
-                controllers=self._controllers,
+            not_enforced=self._without_sizes(
+                gaps.of_machine(
+                    self._abi,
+                    self._filter,
+                    rooted=not self._able.reason,
+                    ports=self._has_ports(),
+                    controllers=self._controllers,
+                )
             ),
         )
 
@@ -100,7 +105,7 @@ class LinuxDriver:
 
     def not_enforced(self, policy: SandboxPolicy) -> list[NotEnforced]:
         opens_sockets = self._opens_sockets(policy.network)
-        return gaps.of_policy(
+        found = gaps.of_policy(
             policy,
             self._abi,
             self._filter,
@@ -108,6 +113,11 @@ class LinuxDriver:
             ports=self._opens_ports(policy),
             controllers=self._controllers,
         )
+        return self._without_sizes(found)
+
+    def _without_sizes(self, found: list[NotEnforced]) -> list[NotEnforced]:
+        """Less the gap that the file system closes."""
+        return [gap for gap in found if self._sizes is None or gap.feature is not Feature.VOLUME_SIZE]
 
     def describe(self, policy: SandboxPolicy) -> Profile:
         missing = self.not_enforced(policy)
@@ -197,6 +207,13 @@ class LinuxDriver:
 
     def measure_clone(self, source: Path, target: Path) -> CloneChoice:
         return measure(source, target)
+
+    def find_folder_limits(self, place: Path) -> None:
+        self._sizes = find_limits(place)
+
+    @property
+    def folder_limits(self) -> FolderLimits | None:
+        return self._sizes
 
     def processes(self) -> LinuxProcessTable:
         return LinuxProcessTable()
