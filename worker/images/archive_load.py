@@ -21,7 +21,7 @@ from .archive import Archive, ArchivedImage
 from .model import ImageInfo
 from .pulled import TakeIn, Unpack, disk_failed
 from .reference import parse_name
-from .registry.download import Ingest
+from .ingest import Ingest
 from .registry.stopping import StopSignal
 from .store import ImageStore
 from .unpack import unpack_layers

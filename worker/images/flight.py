@@ -4,16 +4,19 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 
 from schemas.events import ImagePhase, LayerProgress
 
 from .model import ImageInfo
-from .pulled import Plan
-from .registry.manifests import Blob
 from .registry.stopping import StopSignal
+from .threads import run_in
+
+if TYPE_CHECKING:
+    from .pulled import Plan
+    from .registry.manifests import Blob
 
 TELL_S = 0.25
 
@@ -47,11 +50,11 @@ class Flight:
         self.stop = StopSignal()
         self.waiting = 0
         self.phase = ImagePhase.RESOLVING
-        self.layers: dict[str, Blob] = {}
+        self.layers: "dict[str, Blob]" = {}
         self.done: dict[str, int] = {}
         self.task: asyncio.Task[Pulled] | None = None
 
-    def plan(self, plan: Plan) -> None:
+    def plan(self, plan: "Plan") -> None:
         self.layers = {layer.digest: layer for layer in plan.manifest.layers}
         self.done = {digest: layer.size for digest, layer in self.layers.items()}
 
@@ -63,20 +66,8 @@ class Flight:
         return PullProgress(image=self.name, phase=self.phase, layers=layers)
 
     async def thread(self, work: Callable[[], T]) -> T:
-        """Run in a thread. One that is cancelled is called off and waited for, as it still writes."""
-        future = asyncio.get_running_loop().run_in_executor(self._threads, work)
-        try:
-            return await asyncio.shield(future)
-        except asyncio.CancelledError:
-            self.stop.set()
-            while not future.done():
-                try:
-                    await asyncio.wait([future])
-                except asyncio.CancelledError:
-                    continue
-            if not future.cancelled():
-                future.exception()  # seen: the cancellation is the answer
-            raise
+        """Run in a thread, see `run_in`."""
+        return await run_in(self._threads, work, self.stop.set)
 
     @asynccontextmanager
     async def telling(self) -> AsyncIterator[None]:

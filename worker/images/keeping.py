@@ -1,6 +1,5 @@
 """What a store keeps and what it lets go: reference counts, pruning, eviction, verification."""
 
-import asyncio
 import os
 import threading
 from collections import Counter
@@ -23,6 +22,7 @@ from .collect import Detached, closure, detach
 from .eviction import Held, choose, total_bytes
 from .layout import Layout
 from .model import MANIFEST_TYPE, PULLED, REF_NAME, Descriptor, ImageInfo, Index
+from .threads import run_in
 from .verify import Verification, Verified, record_tree
 
 _THREADS = 4
@@ -229,29 +229,14 @@ class Keeping(Catalog):
     # -- threads
 
     async def _run(self, work: Callable[[Check], T]) -> T:
-        """Run in a thread of the store.
-
-        One that is cancelled is called off and waited for, as it still writes.
-        """
+        """Run in a thread of the store, see `run_in`."""
         called_off = threading.Event()
 
         def check() -> None:
             if called_off.is_set():
                 raise _CalledOff
 
-        future = asyncio.get_running_loop().run_in_executor(self._threads, work, check)
-        try:
-            return await asyncio.shield(future)
-        except asyncio.CancelledError:
-            called_off.set()
-            while not future.done():
-                try:
-                    await asyncio.wait([future])
-                except asyncio.CancelledError:
-                    continue
-            if not future.cancelled():
-                future.exception()  # seen: the cancellation is the answer
-            raise
+        return await run_in(self._threads, lambda: work(check), called_off.set)
 
 
 def _pruned(names: list[Descriptor], gone: list[ImageInfo], blob_bytes: int) -> Pruned:

@@ -25,7 +25,7 @@ from urllib.parse import quote_from_bytes
 import msgspec
 
 from worker.platform.descent import Descent
-from worker.platform.treecopy import KEPT_MODE, OPEN_FILE, TreeError, kind_refused, naming
+from worker.platform.treecopy import KEPT_MODE, OPEN_FILE, TreeError, kind_refused, naming, visit
 from worker.platform.xattrs import Xattrs
 
 HEADER = b"sandfleet tree 1\n"
@@ -67,18 +67,7 @@ class _Lister:
     def run(self) -> Listing:
         try:
             self._emit(HEADER)
-            pending = [self._directory()]
-            while pending:
-                if pending[-1]:
-                    name = pending[-1].pop()
-                    with naming(self._walk, name):
-                        self._walk.down(name)
-                    pending.append(self._directory())
-                else:
-                    pending.pop()
-                    if pending:
-                        with naming(self._walk):
-                            self._walk.up()
+            visit(self._walk, self._directory)
         finally:
             self._walk.close()
         return Listing(

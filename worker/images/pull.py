@@ -6,16 +6,15 @@ layer they have in common: the second waits for the first one's download.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
+import ssl
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, asynccontextmanager, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from loguru import logger
 
-from schemas.events import ImagePhase
 from schemas.spec import PullPolicy
 from worker.config import Config
 from worker.errors import Configuration, PullFailed
@@ -23,20 +22,17 @@ from worker.secret_files import SecretReader
 
 from .access import Access
 from .flight import Flight, Pulled, PullProgress, Tell
-from .model import FROM_INDEX, ImageInfo, oci_platform
-from .pulled import Plan, TakeIn, Unpack, disk_failed, make_plan
+from .ingest import Ingest
+from .model import ImageInfo, oci_platform
 from .reference import parse_reference
-from .registry.addresses import is_loopback_name, names_host
-from .registry.auth import Authorizer
-from .registry.channel import Dialer, Resolve, resolve
-from .registry.client import RegistryClient
-from .registry.download import Ingest, fetch
-from .registry.manifests import Blob
 from .registry.patience import Patience
 from .registry.reference import RegistryImage, registry_image
-from .registry.transport import Http, tls_context
 from .store import ImageStore
-from .unpack import unpack_layers
+
+if TYPE_CHECKING:
+    from .fetching import Fetching
+    from .pulled import Unpack
+    from .registry.channel import Resolve
 
 # For all but downloads: questions to registries, which may be slow to answer, and unpacking.
 _SPARE_THREADS = 16
@@ -58,8 +54,8 @@ class Puller:
         tell: Tell = _tell_nobody,
         patience: Patience | None = None,
         here: tuple[str, str] | None = None,
-        unpack: Unpack = unpack_layers,
-        resolve: Resolve = resolve,
+        unpack: "Unpack | None" = None,
+        resolve: "Resolve | None" = None,
     ) -> None:
         """Configuration when the store or a file that the settings name cannot be used."""
         self._store = store
@@ -71,24 +67,24 @@ class Puller:
         self._here = here or oci_platform()
         self._unpack = unpack
         self._resolve = resolve
-        # A file that cannot be used is told at the start; the system's own roots are read when needed.
-        self._tls = tls_context(Path(self._settings.ca)) if self._settings.ca else None
+        self._tls = _context(self._settings.ca)
         folder = store.layout.root / "ingest"
         try:
             self._ingest = Ingest.open(folder)
         except OSError as failure:
             raise Configuration(f"the image store {folder} cannot be used: {failure}") from failure
         most = self._settings.max_parallel
-        self._downloads = asyncio.Semaphore(most)
+        self._fetching: Fetching | None = None
         self._threads = ThreadPoolExecutor(most + _SPARE_THREADS, thread_name_prefix="pull")
         self._flights: dict[tuple[str, str | None], Flight] = {}
         self._tasks: set[asyncio.Task[Pulled]] = set()
-        self._locks: dict[str, tuple[asyncio.Lock, int]] = {}
 
     def grant(self, config: Config) -> None:
         """Go by the policy of `config` from now on; how registries are reached stays."""
         self._config = config
         self._access.grant(config)
+        if self._fetching is not None:
+            self._fetching.grant(config)
 
     async def close(self) -> None:
         """Gives up what is under way and waits for its threads."""
@@ -146,6 +142,10 @@ class Puller:
         found = self._store.find(name)
         return None if found is None else self._store.info(found)
 
+    def _is_whole(self, name: str) -> bool:
+        found = self._store.find(name)
+        return found is not None and self._store.is_whole(found)
+
     async def _join(self, name: str, image: RegistryImage, auth: str | None) -> Pulled:
         key = (name, auth)
         flight = self._flights.get(key)
@@ -175,138 +175,34 @@ class Puller:
         if self._flights.get(key) is flight:
             del self._flights[key]
 
-    # -- one pull
-
     async def _fly(self, flight: Flight, image: RegistryImage, auth: str | None) -> Pulled:
-        with ExitStack() as stack:
-            async with flight.telling():
-                client, http = await flight.thread(partial(self._open_client, flight, image, auth))
-                stack.callback(http.close)
-                if await flight.thread(partial(self._is_current, client, image, flight.name)):
-                    known = self._known(flight.name)
-                    if known is not None:
-                        return Pulled(image=known)
-                plan = await flight.thread(
-                    partial(make_plan, client, image, self._here, self._patience, flight.stop)
-                )
-                for warning in plan.warnings:
-                    logger.warning("{}", warning)
-                async with self._holding(flight, plan):
-                    return await self._take_in(flight, client, plan, auth)
-
-    async def _take_in(self, flight: Flight, client: RegistryClient, plan: Plan, auth: str | None) -> Pulled:
-        work = TakeIn(self._store, self._ingest, plan, flight.stop)
-        missing = await flight.thread(work.missing)
-        await flight.thread(partial(work.check_space, missing))
-        flight.plan(plan)
-        for layer in missing:
-            flight.done[layer.digest] = 0
-        flight.phase = ImagePhase.DOWNLOADING
-        await _all(self._fetch(flight, client, work, layer) for layer in missing)
-        flight.phase = ImagePhase.UNPACKING
-        async with self._alone(plan.tree):
-            notes = await flight.thread(partial(work.unpack, self._unpack))
-        for note in notes:
-            logger.info("{}: {}", flight.name, note)
-        info = await flight.thread(partial(work.publish, flight.name, auth))
-        logger.info(
-            "pulled {} as {} ({} of {} layers fetched)",
-            info.name,
-            info.digest,
-            len(missing),
-            len(plan.manifest.layers),
-        )
-        return Pulled(image=info, fetched=True, warnings=plan.warnings)
-
-    async def _fetch(self, flight: Flight, client: RegistryClient, work: TakeIn, layer: Blob) -> None:
-        def report(done: int) -> None:
-            flight.done[layer.digest] = done
-
-        def work_it() -> None:
-            if self._store.layout.blob_path(layer.digest).exists():
-                return  # another pull was faster
-            try:
-                with self._ingest.claimed(layer.digest) as file:
-                    fetch(client, layer, file, self._patience, flight.stop, report)
-                    work.adopt(file, layer.digest)
-            except OSError as failure:
-                raise disk_failed(failure, "fetch") from failure
-
-        async with self._alone(layer.digest), self._downloads:
-            await flight.thread(work_it)
-        flight.done[layer.digest] = layer.size
-
-    def _open_client(
-        self, flight: Flight, image: RegistryImage, auth: str | None
-    ) -> tuple[RegistryClient, Http]:
-        credentials = self._access.credentials(image, auth)
-        plain = is_loopback_name(image.hostname) or image.host in self._settings.plain_http
-        named = names_host(self._config.policy.images, image.host) or image.host in self._settings.plain_http
-        pattern = f"{image.host}/*"
-        hint = f"; an operator may name the registry: {self._config.how_to_allow('images', pattern)}"
-        self._tls = self._tls or tls_context(None)
-        dialer = Dialer(
-            self._tls,
-            self._patience,
-            flight.stop,
-            private=named,
-            how_to_allow=hint,
-            resolve=self._resolve,
-        )
-        http = Http(dialer, plain=plain, agent="sandfleet")
-        authorizer = Authorizer(http, image.host, image.repository, credentials)
-        client = RegistryClient(http, image, authorizer, self._patience, flight.stop, plain=plain)
-        return client, http
-
-    def _is_whole(self, name: str) -> bool:
-        found = self._store.find(name)
-        return found is not None and self._store.is_whole(found)
-
-    def _is_current(self, client: RegistryClient, image: RegistryImage, name: str) -> bool:
-        """Whether the tag still stands for what is here: one small question instead of all of it."""
-        found = self._store.find(name)
-        if found is None or image.digest is not None or not self._store.is_whole(found):
-            return False
-        digest = client.current_digest(image.tag)
-        return digest is not None and digest in (found.digest, found.marks.get(FROM_INDEX))
-
-    # -- threads, locks, telling
-
-    @asynccontextmanager
-    async def _holding(self, flight: Flight, plan: Plan) -> AsyncIterator[None]:
-        try:
-            await flight.thread(partial(self._store.hold, plan.blobs))
-            yield
-        finally:
-            await flight.thread(partial(self._store.release, plan.blobs))
-
-    @asynccontextmanager
-    async def _alone(self, digest: str) -> AsyncIterator[None]:
-        """One at a time for each digest: a download, or an unpacking."""
-        with self._lock(digest) as lock:
-            async with lock:
-                yield
-
-    @contextmanager
-    def _lock(self, digest: str) -> Iterator[asyncio.Lock]:
-        lock, users = self._locks.get(digest, (None, 0))
-        lock = lock or asyncio.Lock()
-        self._locks[digest] = (lock, users + 1)
-        try:
-            yield lock
-        finally:
-            _, users = self._locks[digest]
-            if users == 1:
-                del self._locks[digest]
-            else:
-                self._locks[digest] = (lock, users - 1)
+        if self._fetching is None:
+            # In a thread: fifty modules that a worker does not need before it is ready, or at all.
+            kind = await flight.thread(_fetching)
+            self._fetching = self._fetching or kind(
+                self._store,
+                self._ingest,
+                self._access,
+                self._config,
+                patience=self._patience,
+                here=self._here,
+                tls=self._tls,
+                unpack=self._unpack,
+                resolve_with=self._resolve,
+            )
+        return await self._fetching.fly(flight, image, auth)
 
 
-async def _all(jobs: Iterator[Coroutine[Any, Any, None]]) -> None:
-    """Run all at once; the first failure ends the others and is the one that is raised."""
-    try:
-        async with asyncio.TaskGroup() as tasks:
-            for job in jobs:
-                tasks.create_task(job)
-    except BaseExceptionGroup as group:
-        raise group.exceptions[0] from None
+def _fetching() -> "type[Fetching]":
+    from .fetching import Fetching
+
+    return Fetching
+
+
+def _context(ca: str | None) -> ssl.SSLContext | None:
+    """A file that cannot be used is told at the start; the system's own roots are read when needed."""
+    if not ca:
+        return None
+    from .registry.transport import tls_context  # only where such a file is configured
+
+    return tls_context(Path(ca))

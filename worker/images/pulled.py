@@ -22,7 +22,7 @@ from .model import FROM_INDEX, PULLED, SECRET, ConfigDocument, Descriptor, Image
 from .reference import DIGEST
 from .register import sync_file_system
 from .registry.client import Document, RegistryClient
-from .registry.download import Ingest
+from .ingest import Ingest
 from .registry.failures import persist
 from .registry.manifests import (
     MAX_CONFIG_BYTES,

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import msgspec
 
 from worker.platform.descent import Descent
-from worker.platform.treecopy import TreeError, kind_refused, naming
+from worker.platform.treecopy import TreeError, kind_refused, naming, visit
 
 # File times are as coarse as the kernel's tick (4 to 10 ms): what changed within one of them before the first
 # snapshot could change again unseen.
@@ -90,18 +90,7 @@ def _take(walk: Descent) -> Snapshot:
         directories[walk.path()] = running.digest()
         return subdirectories
 
-    pending = [scan()]
-    while pending:
-        if pending[-1]:
-            name = pending[-1].pop()
-            with naming(walk, name):
-                walk.down(name)
-            pending.append(scan())
-        else:
-            pending.pop()
-            if pending:
-                with naming(walk):
-                    walk.up()
+    visit(walk, scan)
     return Snapshot(directories, total, entries, newest)
 
 

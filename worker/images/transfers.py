@@ -35,6 +35,7 @@ from .registry.stopping import StopSignal
 from .registry.transport import tls_context
 from .registry.upload import Outgoing
 from .store import ImageStore
+from .threads import run_in
 
 # Loads and pushes take long; a step of a download does not, and must not wait for them.
 _THREADS = 4
@@ -94,19 +95,8 @@ class Transfers:
 
     async def _run(self, threads: ThreadPoolExecutor, work: Callable[[], T], stop: StopSignal) -> T:
         self._stops.add(stop)
-        future = asyncio.get_running_loop().run_in_executor(threads, work)
         try:
-            return await asyncio.shield(future)
-        except asyncio.CancelledError:
-            stop.set()
-            while not future.done():
-                try:
-                    await asyncio.wait([future])
-                except asyncio.CancelledError:
-                    continue
-            if not future.cancelled():
-                future.exception()  # seen: the cancellation is the answer
-            raise
+            return await run_in(threads, work, stop.set)
         finally:
             self._stops.discard(stop)
 

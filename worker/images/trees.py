@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from worker.platform.descent import OPEN_DIRECTORY, Descent, Moved
-from worker.platform.treecopy import naming, printable
+from worker.platform.treecopy import naming, printable, visit
 
 # How long a tree may keep growing while it is deleted.
 PATIENCE_S = 30.0
@@ -254,7 +254,6 @@ def _measure(walk: Descent) -> TreeSize:
     device = os.fstat(walk.fd).st_dev
     seen: set[tuple[int, int]] = set()
     total = disk = entries = 0
-    pending: list[list[str]] = []
 
     def scan() -> list[str]:
         nonlocal total, disk, entries
@@ -277,16 +276,5 @@ def _measure(walk: Descent) -> TreeSize:
                     total += info.st_size
         return subdirectories
 
-    pending.append(scan())
-    while pending:
-        if pending[-1]:
-            name = pending[-1].pop()
-            with naming(walk, name):
-                walk.down(name)
-            pending.append(scan())
-        else:
-            pending.pop()
-            if pending:
-                with naming(walk):
-                    walk.up()
+    visit(walk, scan)
     return TreeSize(bytes=total, disk_bytes=disk, entries=entries)

@@ -80,6 +80,22 @@ def naming(walk: Descent, name: str | None = None) -> Iterator[None]:
         raise tree_error(walk.path(name), failure) from failure
 
 
+def visit(walk: Descent, scan: Callable[[], list[str]]) -> None:
+    """Have `scan` look at each directory, from the current one down; it gives the names of those below. TreeError."""
+    pending = [scan()]
+    while pending:
+        if pending[-1]:
+            name = pending[-1].pop()
+            with naming(walk, name):
+                walk.down(name)
+            pending.append(scan())
+        else:
+            pending.pop()
+            if pending:
+                with naming(walk):
+                    walk.up()
+
+
 def tree_error(path: str, failure: OSError) -> TreeError:
     if isinstance(failure, Moved) or failure.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
         return TreeError(path, "changed while it was being read", failure.errno)
@@ -236,18 +252,7 @@ def measure(top: int, method: str) -> CloneReport:
         return subdirectories
 
     try:
-        pending = [scan()]
-        while pending:
-            if pending[-1]:
-                name = pending[-1].pop()
-                with naming(walk, name):
-                    walk.down(name)
-                pending.append(scan())
-            else:
-                pending.pop()
-                if pending:
-                    with naming(walk):
-                        walk.up()
+        visit(walk, scan)
     finally:
         walk.close()
     return CloneReport(method=method, files=files, directories=directories, bytes=size, shared_from=0)
