@@ -32,9 +32,9 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m tests.bench $(BENCH_ARGS)
 
-# make chaos SEED=7 SECONDS=90 [FAULTS=worker_kill,purge]; without a seed it takes one and says which
+# make chaos SEED=7 SECONDS=90 [FAULTS=worker_kill,purge] [CLUSTER=1]; without a seed it takes one and says which
 chaos: $(STAMP)
-	$(BIN)/python -m tests.chaos $(if $(SEED),--seed $(SEED)) $(if $(SECONDS),--seconds $(SECONDS)) $(if $(FAULTS),--faults $(FAULTS))
+	$(BIN)/python -m tests.chaos $(if $(SEED),--seed $(SEED)) $(if $(SECONDS),--seconds $(SECONDS)) $(if $(FAULTS),--faults $(FAULTS)) $(if $(filter 1,$(CLUSTER)),--cluster)
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -60,7 +60,38 @@ class ApiInfo(msgspec.Struct, frozen=True, kw_only=True):
     features: list[str]
 
 
+class LogBacklog(msgspec.Struct, frozen=True, kw_only=True):
+    """Of both streams of an instance: `lag_bytes` were captured and are not known to be in the log stream yet;
+    `lost_bytes` were discarded and told as lost since this worker started."""
+
+    container: str
+    instance: str
+    lag_bytes: int
+    lost_bytes: int
+
+
+class DeliveryInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """What is on its way from this node to the streams.
+
+    `outbox_events` have not been acknowledged by the event stream, the oldest of them for `oldest_event_age_s`;
+    null when no event waits, both null when the journal did not answer in time. `logs` has those instances that
+    have any lag or loss, the greatest lag first; `logs_omitted` more would have been too many. Losses,
+    redeliveries and reconnects are counted since the worker started.
+    """
+
+    outbox_events: int | None
+    oldest_event_age_s: float | None
+    log_lag_bytes: int
+    log_lost_bytes: int
+    logs: list[LogBacklog]
+    logs_omitted: int
+    commands_redelivered: int
+    reconnects: int
+
+
 class NodeInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """`delivery` is measured for the query `info`, and null in events and from nodes that do not tell it."""
+
     node: str
     epoch: str
     boot: str
@@ -81,6 +112,7 @@ class NodeInfo(msgspec.Struct, frozen=True, kw_only=True):
     insecure: bool
     capabilities: Capabilities
     started_at: datetime
+    delivery: DeliveryInfo | None = None
 
 
 class Presence(msgspec.Struct, frozen=True, kw_only=True):

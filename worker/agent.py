@@ -6,55 +6,45 @@ owner of the name begins nothing.
 """
 
 import asyncio
-import gc
 import os
-import signal
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from loguru import logger
 
-from schemas.node import Capabilities, NodeState
-from schemas.node import Presence as PresenceValue
+from schemas.node import Capabilities
 from schemas.spec import SpecFeature
 from schemas.subjects import Subjects
-from worker.bus.chunks import ChunkPublisher
-from worker.bus.connection import Bus
-from worker.bus.consumer import CommandConsumer
 from worker.bus.credentials import check_credentials, has_credentials, parse_servers
-from worker.bus.outbox import OutboxPublisher
-from worker.bus.presence import Presence
-from worker.bus.rpc import serve_queries
-from worker.bus.streams import setup_streams, wait_for_streams
 from worker.config import Config
+from worker.config_model import STOP
 from worker.datadir import DataDir, machine_boot_id
 from worker.errors import Configuration, Conflict, Unavailable
-from worker.handlers import CommandHandler
 from worker.host_api import HostApi, TokenRenewer
-from worker.image_upkeep import evict
 from worker.images.cloning import MeasuredCloner
 from worker.images.pull import Puller
 from worker.images.store import ImageStore
 from worker.images.transfers import Transfers
 from worker.journal import Journal
 from worker.late import LateSink
-from worker.ledger_upkeep import LedgerKeeper
 from worker.log import register_secret
 from worker.logs import LogShipper
-from worker.node_commands import DRAINING_KEY, NodeCommands
-from worker.node_info import NodeDescription, package_version
+from worker.node_commands import DRAINING_KEY
+from worker.node_info import NodeDescription
 from worker.own_launcher import LauncherRenewal, attach_own
 from worker.platform import driver as platform_driver
-from worker.platform.darwin.unified_log import UnifiedLog
 from worker.policy import HostFacts
-from worker.queries import Queries, Query
-from worker.repeating import Repeater
+from worker.reload import Reloader
 from worker.runtime import Runtime
+from worker.sd_notify import Notifier, watch
 from worker.secret_files import SecretFiles
 from worker.services import Services
+from worker.serving import Serving
+from worker.shutdown import SENDING_S, Shutdown, on_signals
 from worker.stats import Sampler
 from worker.supervisor import Launcher
 from worker.volume_s3.mirrors import Mirrors
@@ -85,10 +75,6 @@ _ABLE = {
     "cpu": SpecFeature.RESOURCES_CPU,
 }
 THREADS = 8
-HOUSEKEEPING_S = 3600.0
-FLUSH_S = 2.0
-ACTING_QUERIES = frozenset({"exec"})
-OWNED_TIMEOUT_S = 5.0
 
 
 def features_of(capabilities: Capabilities, *, changes_user: bool = False) -> frozenset[str]:
@@ -105,28 +91,38 @@ async def run_worker(
     takeover: bool,
     on_ready: Callable[[], None] | None = None,
     stop: asyncio.Event | None = None,
-) -> None:
-    """Run the node until `stop` is set, or without one until SIGTERM or SIGINT; containers go on.
+    reread: Callable[[], Config] | None = None,
+    notifier: Notifier | None = None,
+) -> bool:
+    """Run the node until `stop` is set; without one the process is this worker's own, and ends by SIGTERM or SIGINT.
 
-    Raises Configuration.
+    `reread` gives the configuration of now, for SIGHUP. False when it was forced to end and gave up what was under
+    way. Raises Configuration.
     """
-    loop = asyncio.get_running_loop()
-    signals = (signal.SIGTERM, signal.SIGINT) if stop is None else ()
-    stop = stop or asyncio.Event()
-    for number in signals:
-        loop.add_signal_handler(number, stop.set)
+    notifier = notifier or Notifier()
+    shutdown = Shutdown(stop)
+    reloader = Reloader(reread or (lambda: config), notifier)
     try:
-        async with Agent.build(config, takeover=takeover) as agent:
-            try:
-                await agent.serve(stop, setup=setup, takeover=takeover, on_ready=on_ready)
-            except* Configuration:
-                await agent.end_idle_launcher()
-                raise
+        with on_signals(shutdown, reloader.ask) if stop is None else nullcontext():
+            notifier.status("adopting containers")
+            async with Agent.build(config, takeover=takeover) as agent:
+                serving = agent.serving(shutdown, notifier)
+                try:
+                    await agent.serve(
+                        serving,
+                        shutdown,
+                        reloader,
+                        notifier,
+                        lambda: serving.run(setup=setup, takeover=takeover, on_ready=on_ready),
+                    )
+                except* Configuration:
+                    await agent.end_idle_launcher()
+                    raise
+                if agent.stops and not shutdown.forced.is_set():
+                    await agent.end_idle_launcher()
     except BaseExceptionGroup as group:
         raise _first(group) from group
-    finally:
-        for number in signals:
-            loop.remove_signal_handler(number)
+    return not shutdown.forced.is_set()
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
@@ -302,141 +298,58 @@ class Agent:
 
     # -- serving
 
+    def serving(self, shutdown: Shutdown, notifier: Notifier) -> Serving:
+        return Serving(
+            self.services,
+            self.runtime,
+            description=self.description,
+            sink=self.sink,
+            shutdown=shutdown,
+            notifier=notifier,
+        )
+
     async def serve(
         self,
-        stop: asyncio.Event,
-        *,
-        setup: bool,
-        takeover: bool,
-        on_ready: Callable[[], None] | None,
+        serving: Serving,
+        shutdown: Shutdown,
+        reloader: Reloader,
+        notifier: Notifier,
+        obey: Callable[[], Coroutine[Any, Any, None]],
     ) -> None:
-        """Connect and obey until `stop`."""
+        """Connect and obey until the shutdown, and through it."""
+        services = self.services
+        notifier.ready()
         async with asyncio.TaskGroup() as tasks:
             jobs = [
+                tasks.create_task(watch(notifier, self._probe), name="watchdog"),
                 tasks.create_task(self._watch_launcher(), name="launcher"),
-                tasks.create_task(self.services.logs.run(), name="logs"),
+                tasks.create_task(services.logs.run(), name="logs"),
                 tasks.create_task(self.sampler.run(), name="stats"),
                 tasks.create_task(self._renewer.run(), name="tokens"),
-                tasks.create_task(LauncherRenewal(self.services).run(), name="launcher renewal"),
-                tasks.create_task(self._obey(setup, takeover, on_ready, stop), name="bus"),
+                tasks.create_task(LauncherRenewal(services).run(), name="launcher renewal"),
+                tasks.create_task(reloader.run(services), name="reload"),
+                tasks.create_task(services.journal.sound(), name="journal"),
             ]
-            await stop.wait()
-            logger.info("stopping; containers go on")
-            for job in reversed(jobs):
+            obeying = tasks.create_task(obey(), name="bus")
+            await shutdown.begun()
+            notifier.stopping()
+            logger.info("stopping; containers {}", "are stopped" if self.stops else "go on")
+            if not serving.ready:
+                # Nothing was begun for anybody; containers are stopped all the same where that is configured.
+                await serving.winding_up.run()
+            if not serving.ready:
+                obeying.cancel()
+            await shutdown.give(asyncio.wait({obeying}), SENDING_S)
+            for job in (obeying, *reversed(jobs)):
                 job.cancel()
 
-    async def _obey(
-        self, setup: bool, takeover: bool, on_ready: Callable[[], None] | None, stop: asyncio.Event
-    ) -> None:
-        services = self.services
-        bus = await Bus.connect(
-            self.config.nats, node=services.node, name=f"sandfleet {services.node}", retry=True
-        )
-        try:
-            if setup:
-                await setup_streams(bus, subjects=services.subjects, pools=self.config.node.pools)
-            await wait_for_streams(bus)
-            outbox = OutboxPublisher(bus, services.journal, services.subjects)
-            if await outbox.fence(takeover):
-                services.data.bind_epoch(services.journal.epoch)
-            await self._serve_bus(bus, outbox, on_ready, stop)
-        finally:
-            await bus.close()
+    @property
+    def stops(self) -> bool:
+        return self.services.config.node.on_shutdown == STOP
 
-    async def _serve_bus(
-        self, bus: Bus, outbox: OutboxPublisher, on_ready: Callable[[], None] | None, stop: asyncio.Event
-    ) -> None:
-        services, runtime = self.services, self.runtime
-        presence = Presence(bus, services.node, self._presence, allowed=lambda: outbox.owns)
-        consumer = CommandConsumer(
-            bus, node=services.node, subjects=services.subjects, check_fence=outbox.check_fence
-        )
-        node_commands = NodeCommands(
-            services, runtime, info=self.description.info, spawn=runtime.spawn, changed=presence.refresh
-        )
-        handler = CommandHandler(services, runtime, node_commands, runtime.spawn)
-        log = UnifiedLog() if services.driver.name == "darwin" else None
-        queries = Queries(services, runtime, info=self.description.info, log=log)
-        sending = asyncio.create_task(outbox.run(), name="outbox")
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(_until_cancelled(sending), name="outbox watch")
-                service = await serve_queries(
-                    bus,
-                    services.node,
-                    {
-                        verb: _for_owner(query, outbox) if verb in ACTING_QUERIES else query
-                        for verb, query in queries.handlers().items()
-                    },
-                    version=package_version(),
-                    description=f"node {services.node}",
-                )
-                # Whoever hears that the node is ready may ask it at once.
-                await self._tell(node_commands, runtime.node_state())
-                # From here on nobody else is let into the stream under this name; before, nothing is begun.
-                await outbox.claim()
-                self.sink.open(ChunkPublisher(bus))
-                await runtime.end_strangers()
-                recovered = await handler.recover()
-                tasks.create_task(self._keep_images(), name="images")
-                tasks.create_task(presence.run(), name="presence")
-                tasks.create_task(consumer.run(handler.handle), name="commands")
-                repeater = Repeater(bus, outbox, runtime, services.subjects)
-                tasks.create_task(repeater.run(), name="repeat")
-                await consumer.ready.wait()
-                tasks.create_task(LedgerKeeper(services.journal, consumer).run(), name="ledger")
-                gc.freeze()  # a full collection of all modules stops the loop for 30 ms, measured
-                logger.info("ready as {} ({} commands to finish)", services.node, recovered)
-                if on_ready is not None:
-                    on_ready()
-                try:
-                    await stop.wait()
-                finally:
-                    await service.stop()
-                    await queries.close()
-        finally:
-            if stop.is_set():
-                await presence.withdraw()
-                await self._tell(node_commands, NodeState.STOPPED)
-                await outbox.drained(FLUSH_S)
-            sending.cancel()
-            await asyncio.gather(sending, return_exceptions=True)
-
-    async def _tell(self, node_commands: NodeCommands, state: NodeState) -> None:
-        await self.services.journal.transact(lambda tx: node_commands.write_node(tx, state))
-
-    def _presence(self) -> PresenceValue:
-        services = self.services
-        return PresenceValue(
-            node=services.node,
-            boot=services.journal.boot,
-            epoch=services.journal.epoch,
-            state=self.runtime.node_state(),
-            slots=services.slots,
-            slots_used=self.runtime.live_count(),
-        )
-
-    async def _keep_images(self) -> None:
-        """Find out how trees are best copied here, and forget images that are too many."""
-        await self.services.in_thread(self.services.cloner.choose)
-        while True:
-            await evict(self.services)
-            await asyncio.sleep(HOUSEKEEPING_S)
-
-
-def _for_owner(query: Query, outbox: OutboxPublisher) -> Query:
-    """A query that acts, and so waits until the name is known to be ours."""
-
-    async def answer(body: bytes, headers: dict[str, str]) -> bytes:
-        await outbox.owned(OWNED_TIMEOUT_S)
-        return await query(body, headers)
-
-    return answer
-
-
-async def _until_cancelled(task: "asyncio.Task[None]") -> None:
-    """Pass on the failure of a task that must outlive its watcher."""
-    await asyncio.shield(task)
+    async def _probe(self) -> None:
+        """Returns when the journal's thread has come by."""
+        await self.services.journal.read(lambda tx: None)
 
 
 def _host_facts(config: Config, data: DataDir, host_api: HostApi) -> HostFacts:

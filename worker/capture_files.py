@@ -65,6 +65,15 @@ def list_segments(folder: Path | str, stream: str) -> list[int]:
     return sorted(bases)
 
 
+def captured_end(folder: Path | str, stream: str) -> int:
+    """About where the captured output ends: bytes that were lost behind the last file's own are not counted."""
+    bases = list_segments(folder, stream)
+    try:
+        return bases[-1] + os.stat(segment_path(folder, stream, bases[-1], "log")).st_size if bases else 0
+    except FileNotFoundError:
+        return bases[-1]  # deleted since it was listed
+
+
 class Segment:
     """The two open files of one segment."""
 

@@ -20,7 +20,9 @@ from schemas.errors import ContractError
 from schemas.values import CONTROL, NODE, parse_duration, parse_memory
 from worker.config_model import (
     ISOLATIONS,
+    KEEP,
     LEVELS,
+    STOP,
     Config,
     HostApiConfig,
     ImagesConfig,
@@ -318,6 +320,7 @@ _RULES: Mapping[str, Callable[[Any], None]] = {
     "node.slots": _between(1, MAX_SLOTS),
     "node.isolation": _one_of(*ISOLATIONS),
     "node.stats_interval_s": _between(0.1, 3600),
+    "node.on_shutdown": _one_of(KEEP, STOP),
     "host_api.ttl_s": _between(MIN_TTL_S, MAX_TTL_S),
     "images.plain_http": _matching(REGISTRY, "registry"),
     "images.max_parallel": _between(1, MAX_PARALLEL),

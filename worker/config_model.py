@@ -15,6 +15,7 @@ from worker.settings import BY_KEY, Kind, Setting
 
 LEVELS = (Network.NONE, Network.LOCALHOST, Network.OUTBOUND, Network.FULL)
 ISOLATIONS = ("process", "rootfs")
+KEEP, STOP = "keep", "stop"  # what the worker's own end means for its containers
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -49,6 +50,7 @@ class NodeConfig(Section, frozen=True, kw_only=True):
     slots: int | None = None
     isolation: str = "process"
     stats_interval_s: float = 10.0
+    on_shutdown: str = KEEP
 
 
 class SecretsConfig(Section, frozen=True, kw_only=True):

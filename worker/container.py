@@ -38,6 +38,7 @@ from worker.work import Phase, Work, now_utc, write_completion, write_state
 STARTS = frozenset({"create", "run", "start", "restart"})
 JOURNAL_RETRY_S = 1.0
 OVERTAKERS = frozenset({"stop", "kill", "remove"})
+MAX_WAITING, MAX_WAITING_BYTES = 1000, 4 * 1024 * 1024
 
 
 class Operations(Protocol):
@@ -114,6 +115,17 @@ class ContainerActor:
     def wanted(self) -> bool:
         """Whether a command waits for the one that is being done."""
         return bool(self._queue)
+
+    def crowded(self, work: Work) -> bool:
+        """Whether so much waits here already that `work`, though accepted, is refused at once.
+
+        What may end the wait is let in for longer.
+        """
+        factor = 2 if work.verb in OVERTAKERS else 1
+        waiting = [w for w in (*self._queue, *self._arriving) if w is not work]
+        return len(waiting) >= factor * MAX_WAITING or (
+            sum(w.size for w in waiting) + work.size > factor * MAX_WAITING_BYTES
+        )
 
     async def wait_for(self, condition: Callable[[], bool]) -> None:
         """Wait until `condition` holds; it is asked again after every change of this container."""

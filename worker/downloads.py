@@ -25,8 +25,6 @@ from worker.errors import (
     ResourceExhausted,
     Unavailable,
 )
-from worker.images.archive_write import archive_pieces
-from worker.images.export_tree import tree_pieces
 from worker.images.registry.stopping import CalledOff, StopSignal
 from worker.images.unpack_model import Notes
 from worker.platform.descent import open_directory
@@ -76,6 +74,8 @@ class Downloads:
             except OSError as failure:
                 raise Conflict(f"{request.container} has no files yet: {failure.strerror}") from failure
             stack.callback(os.close, top)
+            from worker.images.export_tree import tree_pieces  # in its thread, by the first one
+
             return tree_pieces(top, system_xattrs(), notes)
 
         return await self._piece(request, f"{request.container} {instance}", opener)
@@ -84,6 +84,8 @@ class Downloads:
         transfers = self._services.transfers
 
         def opener(stack: ExitStack, stop: StopSignal, notes: Notes) -> Iterator[bytes]:
+            from worker.images.archive_write import archive_pieces  # in its thread, by the first one
+
             return archive_pieces(stack.enter_context(transfers.opened(request.images, stop)))
 
         return await self._piece(request, "images " + "\n".join(request.images), opener)

@@ -10,7 +10,7 @@ from schemas.decode import signal_number
 from schemas.spec import ServiceSpec
 from schemas.status import Reason, State
 from worker.container import ContainerActor
-from worker.errors import NotFound, Unavailable
+from worker.errors import Conflict, NotFound, Unavailable
 from worker.images.honoured import DEFAULT_STOP_SIGNAL
 from worker.lifecycle import LIVE, Trigger, next_state
 from worker.records import ContainerRecord, from_unix_us
@@ -129,7 +129,8 @@ class Ender:
     async def forget(self, cid: str, instance: str) -> None:
         try:
             await self._services.launcher.forget(cid, instance)
-        except (Unavailable, NotFound) as failure:
+        except (Unavailable, NotFound, Conflict) as failure:
+            # Conflict: its next run has begun, and took the place of this one.
             logger.debug("{} was forgotten already: {}", cid, failure.message)
 
     async def apply_exit(self, actor: ContainerActor, ended: ExitRecord) -> None:

@@ -50,7 +50,7 @@ class Delivery(Protocol):
 
 class Outcome(Enum):
     ACCEPTED = auto()
-    LATE = auto()
+    ANSWERED = auto()
     KNOWN = auto()
     REJECTED = auto()
 
@@ -86,6 +86,7 @@ class CommandHandler:
             seq=delivery.stream_seq,
             time=delivery.time,
             headers=_trace(delivery.headers),
+            size=len(delivery.data),
         )
         self._spawn(self._accept(delivery, work), f"accept {work.id}")
 
@@ -102,6 +103,9 @@ class CommandHandler:
     async def _accept(self, delivery: Delivery, work: Work) -> None:
         actor = None if work.container is None else self._runtime.actor(work.container)
         begin = None if actor is None else actor.reserve(work)
+        crowded: ContractError | None = None
+        if actor is not None and actor.crowded(work):
+            crowded = ResourceExhausted(f"too many commands wait for {actor.cid} already")
         body = delivery.data
         digest = hashlib.sha256(canonical(work.command)).hexdigest()
 
@@ -123,15 +127,13 @@ class CommandHandler:
                     )
                 )
                 write_accepted(tx, self._services, work, _instance(actor))
+                refused = crowded
                 if tx.overtaken(work.container, work.seq, work.time):
-                    write_completion(
-                        tx,
-                        self._services.subjects,
-                        work,
-                        error=Conflict("a later command was applied already"),
-                        status=None if actor is None or actor.record is None else actor.record.status,
-                    )
-                    return Outcome.LATE
+                    refused = Conflict("a later command was applied already")
+                if refused is not None:
+                    status = None if actor is None or actor.record is None else actor.record.status
+                    write_completion(tx, self._services.subjects, work, error=refused, status=status)
+                    return Outcome.ANSWERED
                 if begin is not None:
                     begin.write(tx)
                 return Outcome.ACCEPTED
@@ -250,6 +252,7 @@ class CommandHandler:
                 seq=entry.stream_seq,
                 time=entry.stream_time or now_utc(),
                 headers=entry.headers,
+                size=len(entry.body),
                 recovered=True,
             )
             if entry.container is None:

@@ -13,13 +13,15 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from loguru import logger
 
 from worker.clock import Clock, utc_now
-from worker.errors import Internal, Unavailable
+from worker.errors import Configuration, ContractError, Internal, Unavailable
+from worker.journal_check import LateCheck
 from worker.journal_file import Opened, close_database, open_database, storage_failure
 from worker.journal_outbox import MAX_EVENT_BYTES
 from worker.journal_rows import (
@@ -105,6 +107,12 @@ class Journal:
         self._progress = threading.Event()
         self._fresh: deque[OutboxRow] = deque()
         self._fresh_bytes = 0
+        self._damage: Configuration | None = None
+        self._sound: asyncio.Future[None] = self._loop.create_future()
+        self._sound.add_done_callback(
+            lambda done: done.cancelled() or done.exception()
+        )  # seen, if nobody waits
+        self._late_check = LateCheck(path, self._found_damaged)
 
     @classmethod
     async def open(
@@ -143,6 +151,8 @@ class Journal:
             except Exception as failure:
                 journal._answer([_Answer(opened, None, failure)], None)
                 return
+            if not found.checked:
+                journal._late_check.start()
             journal._answer([_Answer(opened, found, None)], None)
             _Owner(journal, found).run()
 
@@ -170,6 +180,13 @@ class Journal:
         """Run `function` in the owner thread on what is committed; it must not write."""
         return await self._submit(function, writes=False, due=0.0)
 
+    async def sound(self) -> None:
+        """Wait until the file is found to be damaged, then raise Configuration; return when the journal is closed.
+
+        Nothing is written to a damaged file any more, nor is it marked as closed.
+        """
+        await asyncio.shield(self._sound)
+
     def take_fresh(self, after_seq: int) -> list[OutboxRow]:
         """Events just committed, if they begin right after `after_seq`: it saves reading them from the file.
 
@@ -188,6 +205,8 @@ class Journal:
             self._closed = self._loop.create_future()
             self._queue.put(None)
         await asyncio.shield(self._closed)
+        if not self._sound.done():
+            self._sound.set_result(None)
 
     async def _submit(self, function: Callable[[Tx], T], *, writes: bool, due: float) -> T:
         if self._closed is not None:
@@ -198,6 +217,17 @@ class Journal:
             self._watch_over()
         self._queue.put(_Work(function, future, writes, due))
         return await future
+
+    def _found_damaged(self, damage: Configuration) -> None:
+        """From the owner thread, or from the one that checks."""
+        if self._damage is None:
+            self._damage = damage
+            with suppress(RuntimeError):  # the loop is gone
+                self._loop.call_soon_threadsafe(self._tell_unsound, damage)
+
+    def _tell_unsound(self, damage: Configuration) -> None:
+        if not self._sound.done():
+            self._sound.set_exception(damage)
 
     def _watch_over(self) -> None:
         if not self._watching:
@@ -282,6 +312,7 @@ class _Owner:
             last_seq=opened.last_seq,
             clock=journal._clock,
         )
+        self._opened_whole = opened.checked
         self._held: list[_Work] = []
         self._ending = False
 
@@ -299,7 +330,9 @@ class _Owner:
                 # Another epoch has renumbered what was not sent: that is for the file to tell.
                 made = self._tx.fresh if after.epoch == before.epoch else []
                 listened_to = self._journal._answer(answers, after, made if after != before else None)
-        close_database(self._connection, clean=listened_to)
+        if not self._opened_whole:
+            self._journal._late_check.stop()
+        close_database(self._connection, clean=listened_to and self._journal._damage is None)
         if listened_to and self._journal._closed is not None:
             self._journal._answer([_Answer(self._journal._closed, None, None)], None)
 
@@ -327,6 +360,8 @@ class _Owner:
 
     def _commit(self, group: list[_Work]) -> list[_Answer]:
         """Run a group in one transaction. All of it fails when the disk does."""
+        if self._journal._damage is not None:
+            return [_Answer(work.future, None, self._journal._damage) for work in group]
         before = self._state()
         self._tx._writable = True
         try:
@@ -341,7 +376,7 @@ class _Owner:
             return answers
         except Exception as failure:
             self._undo(before)
-            known = storage_failure(failure, self._journal.path)
+            known = self._storage_failure(failure)
             if known is None:
                 logger.opt(exception=failure).error("a group of transactions failed")
                 known = Internal(f"the journal failed: {failure!r}")
@@ -372,7 +407,7 @@ class _Owner:
         try:
             return _Answer(work.future, work.function(self._tx), None)
         except sqlite3.Error as failure:
-            known = storage_failure(failure, self._journal.path)
+            known = self._storage_failure(failure)
             if known is None:
                 return _Answer(work.future, None, failure)
             if work.writes:
@@ -380,6 +415,12 @@ class _Owner:
             return _Answer(work.future, None, known)
         except Exception as failure:
             return _Answer(work.future, None, failure)
+
+    def _storage_failure(self, failure: Exception) -> ContractError | None:
+        known = storage_failure(failure, self._journal.path)
+        if isinstance(known, Configuration):
+            self._journal._found_damaged(known)
+        return known
 
     def _flush_and_commit(self, before: _State) -> None:
         if self._state() != before:

@@ -1,6 +1,7 @@
 """The way to the log and stats streams before there is a connection: whoever sends waits for it."""
 
 import asyncio
+from collections import deque
 from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from typing import Protocol
@@ -23,21 +24,40 @@ class Publisher(Protocol):
 
 
 class LateSink:
-    """Passes on to the real publisher once it is there. Samples of before then are dropped."""
+    """Passes on to the real publisher once it is there, chunks in the order of the calls. Samples of before then are
+    dropped.
+    """
 
     def __init__(self) -> None:
         self._there: asyncio.Future[Publisher] = asyncio.get_running_loop().create_future()
+        self._waiting: deque[asyncio.Future[None]] = deque()
 
     def open(self, publisher: Publisher) -> None:
         self._there.set_result(publisher)
+        self._wake()
 
     async def publish(self, subject: str, data: bytes, headers: dict[str, str]) -> object:
-        publisher = await asyncio.shield(self._there)
-        return await publisher.publish(subject, data, headers)
+        if self._waiting or not self._there.done():
+            await self._turn()
+        return await self._there.result().publish(subject, data, headers)
 
     async def last(self, subject: str) -> StoredChunk | None:
         publisher = await asyncio.shield(self._there)
         return await publisher.last(subject)
+
+    async def _turn(self) -> None:
+        """Wait behind those who wait already; each lets in the next, so that nobody who comes new overtakes."""
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(turn)
+        try:
+            await turn
+        finally:
+            self._waiting.remove(turn)
+            self._wake()
+
+    def _wake(self) -> None:
+        if self._there.done() and self._waiting and not self._waiting[0].done():
+            self._waiting[0].set_result(None)
 
     def publish_progress_of(self, subjects: Subjects, node: str) -> Callable[[PullProgress], Awaitable[None]]:
         """Progress of pulls, for whoever listens now."""

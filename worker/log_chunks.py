@@ -169,6 +169,9 @@ class Sent(NamedTuple):
 class Resume(NamedTuple):
     """Send `again` as they are, then go on from `position`. `doubtful`: acknowledged bytes seem to be gone.
 
+    `there`: those of `again` that the stream has by its newest message, and that are sent all the same because one
+    of them may have been refused. Where their bytes are gone meanwhile, they are left: to call them lost would
+    be wrong.
     `tail` is the position behind the subject's newest message, as far as it is known.
     """
 
@@ -176,6 +179,7 @@ class Resume(NamedTuple):
     tail: Position
     again: tuple[Cut, ...] = ()
     doubtful: bool = False
+    there: frozenset[Cut] = frozenset()
 
 
 def resume(
@@ -210,4 +214,6 @@ def resume(
     else:
         unanswered = []
     again = tuple(cut for cut in unanswered if cut.name() != name)
-    return Resume(reached, reached if stored is None else stored, again)
+    refused = {one.cut for one in sent[: answered[-1]] if not one.acked} if answered else set()
+    there = frozenset(cut for cut in again if stored is not None and cut.after <= stored) - refused
+    return Resume(reached, reached if stored is None else stored, again, there=there)

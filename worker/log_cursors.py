@@ -53,6 +53,16 @@ class Cursors:
             recovered.advance(stream.saved)
             stream.flights = recovered
 
+    def stored(self, stream: LogStream) -> int:
+        """The offset up to which a stream is known to be stored, also before it was looked at."""
+        found = [stream.flights.position.offset]
+        cursor, recovered = self._loaded.get(stream.key), self._recovered.get(stream.key)
+        if cursor is not None:
+            found.append(cursor.offset)
+        if recovered is not None:
+            found.append(recovered.position.offset)
+        return max(found)
+
     def moved(self, stream: LogStream) -> None:
         if stream.flights.position != stream.saved:
             self._to_save.set()

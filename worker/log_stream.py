@@ -29,7 +29,7 @@ ENOUGH_BYTES = 64 * 1024
 SHORTEST_LOOK_S = 0.002
 EARLY_LOOK_S = 0.01
 EARLY_BYTES = 4096
-MAX_UNDER_WAY = 16
+MAX_UNDER_WAY = 48
 
 
 class Next(NamedTuple):
@@ -49,6 +49,7 @@ class LogStream:
         "_again",
         "_last_sent",
         "_thorough",
+        "captured",
         "doubts",
         "due",
         "exhausted",
@@ -57,6 +58,7 @@ class LogStream:
         "key",
         "known_end",
         "located",
+        "lost_bytes",
         "name",
         "queued",
         "reader",
@@ -79,6 +81,8 @@ class LogStream:
         self.located = False
         self.doubts = self.failures = 0
         self.known_end = 0
+        self.captured = 0  # the end of what was found in the files when they were taken over
+        self.lost_bytes = 0
         self.told = -1  # the offset the launcher was told last
         self.queued = False
         self.exhausted = False  # the source is closing, and a look found nothing more
@@ -98,6 +102,11 @@ class LogStream:
     def full(self) -> bool:
         """Whether so much is under way that the other streams come first."""
         return len(self.flights.waiting) - len(self._again) >= MAX_UNDER_WAY
+
+    @property
+    def end(self) -> int:
+        """Where the captured output ends, as far as is known without looking into the files."""
+        return max(self.known_end, self.captured, self.reader.offset)
 
     def look_thoroughly(self) -> None:
         self._thorough = True
@@ -119,7 +128,10 @@ class LogStream:
         asked.
         """
         self.reader.seek(*acked)
-        return self.reader.span(1) is None and not self.flights.waiting
+        nothing = self.reader.span(1) is None
+        if nothing:
+            self.captured = 0
+        return nothing and not self.flights.waiting
 
     def locate(self, acked: Position, newest: StoredChunk | None, now_us: int, *, sure: bool) -> bool:
         """Decide where to go on (`log_chunks.resume`). False: acknowledged bytes seem gone, and `sure` is
@@ -137,7 +149,10 @@ class LogStream:
         if decided.doubtful and not sure:
             return False
         self.flights.resume(decided)
-        self._again = list(decided.again)
+        gone = {cut for cut in decided.there if cut.what is What.DATA and self._read_again(cut) is None}
+        for cut in gone:
+            self.flights.settle(cut)
+        self._again = [cut for cut in decided.again if cut not in gone]
         self.reader.seek(*decided.position)
         self.located = True
         return True
@@ -152,6 +167,7 @@ class LogStream:
         span = self.reader.span(MAX_CHUNK_BYTES, thorough=thorough)
         if span is None:
             self._thorough = False
+            self.captured = 0  # what stands behind the offset, if anything, was not captured whole
             return Next(None, None)
         if span.lost is not None:
             return self._sent(self._lost(span, span.lost), 0.0, now)
@@ -240,6 +256,7 @@ class LogStream:
         run = self.reader.run_of(span, self.source.run)
         self.reader.commit(span._replace(end=None))
         self.reader.eof_run = max(self.reader.eof_run, run - 1)
+        self.lost_bytes += span.length
         return self._chunk(Cut(What.LOST, span.offset, span.length, run, reason=reason))
 
     def _chunk(self, cut: Cut) -> Chunk:
@@ -254,6 +271,14 @@ class LogStream:
     def _repeat(self, cut: Cut) -> Chunk:
         if cut.what is not What.DATA:
             return self._chunk(cut)
+        read = self._read_again(cut)
+        if read is None:
+            return self._lost_again(cut)
+        data, times = read
+        return Chunk(cut, data, make_headers(self.source.instance, self.name, cut, times))
+
+    def _read_again(self, cut: Cut) -> tuple[bytes, list[tuple[int, int]]] | None:
+        """The bytes of a chunk and their times; None when they are not there any more."""
         reader = CaptureReader(self.source.folder, self.name, cut.offset, cut.run - 1)
         data = b""
         times: list[tuple[int, int]] = []
@@ -262,17 +287,18 @@ class LogStream:
                 span = reader.span(cut.length - len(data))
                 part = b"" if span is None or span.lost is not None or not span.length else reader.read(span)
                 if span is None or not part:
-                    return self._lost_again(cut)
+                    return None
                 times += span.times
                 data += part
                 reader.commit(span, len(part))
         finally:
             reader.close()
-        return Chunk(cut, data, make_headers(self.source.instance, self.name, cut, times))
+        return data, times
 
     def _lost_again(self, cut: Cut) -> Chunk:
-        """The bytes were deleted meanwhile. They may be in the stream; if they are not, this says so."""
+        """The bytes were deleted meanwhile, and the stream does not show that it has them."""
         lost = cut._replace(what=What.LOST, reason="size")
+        self.lost_bytes += cut.length
         self.flights.replace(cut, lost)
         return self._chunk(lost)
 

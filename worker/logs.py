@@ -10,20 +10,21 @@ why nothing is sent twice or left out, stands in `log_chunks`.
 """
 
 import asyncio
+import errno
 import random
 import resource
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine, Iterable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from loguru import logger
 
 from schemas.errors import ContractError
 from schemas.subjects import Subjects
-from worker.capture_files import STREAMS, capture_files, write_incomplete_eof
-from worker.errors import Internal
+from worker.capture_files import STREAMS, capture_files, captured_end, write_incomplete_eof
+from worker.errors import Internal, ResourceExhausted
 from worker.log_chunks import Chunk, StoredChunk
 from worker.log_cursors import CursorJournal, Cursors
 from worker.log_queue import StreamQueue
@@ -33,12 +34,13 @@ from worker.log_stream import LogSource, LogStream
 
 __all__ = ["ChunkSink", "CursorJournal", "LogShipper", "write_incomplete_eof"]
 
-WORKERS = 32
+WORKERS = 96  # each holds a chunk of 256 KiB at most
 MAX_OPEN = 4096
 DOUBT_S = 1.0
 DOUBTS = 3
 RETRY_S, LONGEST_RETRY_S = 0.25, 5.0
 REPORT_EVERY_S = 30.0
+CATCH_UP_POLL_S = 0.02
 SENT_LOG = "sent.log"
 
 
@@ -47,6 +49,15 @@ class ChunkSink(Protocol):
 
     def publish(self, subject: str, data: bytes, headers: dict[str, str]) -> Coroutine[Any, Any, object]: ...
     def last(self, subject: str) -> Coroutine[Any, Any, StoredChunk | None]: ...
+
+
+class Backlog(NamedTuple):
+    """Of both streams of an instance, in bytes; lost ones since the worker's start."""
+
+    cid: str
+    instance: str
+    lag: int
+    lost: int
 
 
 class LogShipper:
@@ -74,6 +85,7 @@ class LogShipper:
         self._cursors = Cursors(journal, self._sent, self._streams)
         self._loaded = self._adopted = False
         self._reported = float("-inf")
+        self._lost_before = 0  # bytes of sources that are finished
         self._max_open = _open_limit()
         self._open: OrderedDict[LogStream, None] = OrderedDict()
 
@@ -159,7 +171,8 @@ class LogShipper:
     async def spool(self, cid: str, instance: str, state_dir: Path) -> None:
         """The container is removed: take over its capture files, send what is unsent, then delete them.
 
-        Returns when `state_dir` may be deleted. Internal when the files cannot be moved.
+        Returns when `state_dir` may be deleted. Internal when the files cannot be moved, ResourceExhausted when the
+        disk is full.
         """
         source = self._sources.get(instance)
         if source is None:
@@ -172,7 +185,8 @@ class LogShipper:
         try:
             folder = self._spool.put(SpoolMeta(cid=cid, instance=instance, run=source.run), state_dir)
         except OSError as failure:
-            raise Internal(
+            full = failure.errno in (errno.ENOSPC, errno.EDQUOT)
+            raise (ResourceExhausted if full else Internal)(
                 f"the log of {cid} cannot be moved from {state_dir}: {failure.strerror}"
             ) from failure
         source.move_to(folder)
@@ -194,6 +208,40 @@ class LogShipper:
         self._drop_strangers()
         return found
 
+    # -- seen from outside
+
+    def backlog(self) -> list[Backlog]:
+        """Of every instance, in no order; nothing is read from the disk."""
+        return [
+            Backlog(
+                source.cid,
+                source.instance,
+                sum(max(0, stream.end - self._cursors.stored(stream)) for stream in source.streams.values()),
+                sum(stream.lost_bytes for stream in source.streams.values()),
+            )
+            for source in self._sources.values()
+        ]
+
+    @property
+    def lost_bytes(self) -> int:
+        """Of all instances, also of those that are gone."""
+        return self._lost_before + sum(stream.lost_bytes for stream in self._streams())
+
+    async def caught_up(self) -> None:
+        """Wait until all that is captured by now is stored."""
+        for source in list(self._sources.values()):
+            self._look(source)
+        behind = [(stream, stream.end) for stream in self._streams()]
+        while True:
+            behind = [
+                (stream, end)
+                for stream, end in behind
+                if stream.source.instance in self._sources and self._cursors.stored(stream) < end
+            ]
+            if not behind:
+                return
+            await asyncio.sleep(CATCH_UP_POLL_S)
+
     # -- sources
 
     def _streams(self) -> Iterator[LogStream]:
@@ -204,6 +252,8 @@ class LogShipper:
         """Instances of one container go one after the other: a subject's newest message is of the newest."""
         subjects = {name: self._subjects.log(self._node, cid, name) for name in STREAMS}
         source = LogSource(cid, instance, folder, run, subjects)
+        for stream in source.streams.values():
+            stream.captured = captured_end(folder, stream.name)
         self._sources[instance] = source
         line = self._by_cid.setdefault(cid, [])
         at = sum(other.closing and other.instance < instance for other in line) if old else len(line)
@@ -232,6 +282,7 @@ class LogShipper:
         except OSError as failure:
             logger.warning("the sent log of {} cannot be deleted: {}", source.cid, failure)
         self._close_files(source)
+        self._lost_before += sum(stream.lost_bytes for stream in source.streams.values())
         del self._sources[source.instance]
         line = self._by_cid[source.cid]
         line.remove(source)

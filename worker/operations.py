@@ -51,7 +51,10 @@ class ContainerOperations:
         before = record.status.state
         if isinstance(command, Start):
             refuse_when_full(self._services)
-            return self._begin(before, self.starter.beginning(record, work), work)
+            begin = self._begin(before, self.starter.beginning(record, work), work)
+            if begin.record is not None:
+                self.starter.foresee(work, begin.record)
+            return begin
         if isinstance(command, Stop) and before is State.RUNNING:
             return self._begin(before, self.ender.stopping(record), work)
         if isinstance(command, Stop) and before is State.PENDING:
@@ -245,13 +248,15 @@ class ContainerOperations:
         return pulled.image
 
     async def _abandon(self, actor: ContainerActor, work: Work, failure: ContractError) -> None:
-        """A create that failed leaves nothing."""
+        """A create that failed leaves nothing; one commit says so and answers, or a crash would begin it again."""
         await self.ender.clear(actor.cid)
         reason = Reason.STOPPED if work.overtaken_by is not None else Reason.CREATE_FAILED
         await actor.transition(
             Trigger.CREATE_FAILED,
             lambda r: r.with_status(reason=reason, message=failure.message, port=None, ip=None),
             work=work,
+            finish=True,
+            error=failure,
         )
 
     # -- stop, kill, restart, remove

@@ -16,13 +16,14 @@ from schemas.node import NodeState
 from schemas.status import ContainerStatus, Reason, State
 from worker.container import ContainerActor
 from worker.datadir import ContainerDirs
-from worker.errors import NotFound, Unavailable
+from worker.errors import Conflict, NotFound, Unavailable
 from worker.expiry import Expiry
 from worker.ids import new_ulid
 from worker.journal import Tx
 from worker.lifecycle import LIVE
 from worker.operations import ContainerOperations
 from worker.owners import let_pass
+from worker.reconcile import Fate, Finding, launcher_died, reconcile, tells_all
 from worker.records import ContainerRecord, decode_record
 from worker.services import Services
 from worker.stats import Target
@@ -49,7 +50,7 @@ class Runtime:
         self._tasks: asyncio.TaskGroup | None = None
         self._running: set[asyncio.Task[None]] = set()
         self._strangers: list[LaunchedContainer] = []
-        self._leaving: list[str] = []
+        self._leaving: list[str] | None = []  # None once each may leave when its time has come
         self._expiry = Expiry(self._expire)
         services.on_record = self._expiry.watch
         services.remove_later = self._remove_later
@@ -119,6 +120,10 @@ class Runtime:
     def live_count(self) -> int:
         return sum(1 for a in self._actors.values() if a.state in LIVE)
 
+    def busy(self) -> bool:
+        """Whether any container has a command under way."""
+        return any(not actor.idle for actor in self._actors.values())
+
     def targets(self) -> list[Target]:
         """Everything that runs, for the sampler."""
         places = self.services.data.container
@@ -132,6 +137,9 @@ class Runtime:
 
     def _remove_later(self, cid: str) -> None:
         """`delete_on_exit`: a remove of our own, in the container's own queue."""
+        if self._leaving is not None:
+            self._leaving.append(cid)
+            return
         actor = self._actors.get(cid)
         record = None if actor is None else actor.record
         if actor is None or record is None:
@@ -178,7 +186,7 @@ class Runtime:
     async def _forget(self, cid: str, instance: str) -> None:
         try:
             await self.services.launcher.forget(cid, instance)
-        except (NotFound, Unavailable) as failure:
+        except (NotFound, Unavailable, Conflict) as failure:
             logger.debug("{} was forgotten already: {}", cid, failure.message)
 
     # -- adoption
@@ -202,9 +210,6 @@ class Runtime:
                 record=record,
             )
             found = launched.pop(status.container, None)
-            if found is not None and _is_stranger(found, status):
-                self._strangers.append(found)
-                found = None
             self._expiry.watch(actor.cid, record)
             if status.image_digest is not None:
                 self.services.images.keep_for(actor.cid, status.image_digest)
@@ -224,11 +229,16 @@ class Runtime:
             actor = self._actors.get(stranger.cid)
             if actor is not None and actor.record is not None:
                 await self._guard_port(actor.record.status)
-        leaving, self._leaving = self._leaving, []
-        for cid in leaving:
-            self._remove_later(cid)
         known = {status.container for status in self.statuses()}
         await self.services.in_thread(self.services.sweep_strangers, known)
+
+    def let_leave(self) -> None:
+        """From now on what has ended may be removed. What a dead worker had begun stands in the queues by now: a run
+        whose container was removed before would be done a second time.
+        """
+        leaving, self._leaving = self._leaving, None
+        for cid in leaving or ():
+            self._remove_later(cid)
         self._expiry.begin()
 
     async def _launched(self) -> list[LaunchedContainer]:
@@ -248,33 +258,32 @@ class Runtime:
         state_dir = services.data.container(actor.cid).state
         if status.run > 0:
             services.logs.attach(actor.cid, status.instance, state_dir, status.run)
-        if status.state not in LIVE:
-            if found is not None:
-                await self._forget(actor.cid, status.instance)
+        asked = status.state in LIVE and not tells_all(found, status)
+        recorded = services.read_exit(state_dir, status) if asked else None
+        finding = reconcile(record, found, recorded, services.boot_id)
+        if finding.stranger and found is not None:
+            self._strangers.append(found)
+        if finding.forget:
+            await self._forget(actor.cid, status.instance)
+        if finding.leaves:
+            self._remove_later(actor.cid)
+        if finding.began:
+            await self.starter.adopt_running(actor, None if finding.fate is Fate.ENDED else found)
+            early, actor.early_exit = actor.early_exit, None
+            if early is not None:  # it ended while that was written
+                await self.ender.apply_exit(actor, early)
+        if finding.fate is Fate.STOPS:
+            self.spawn(self.ender.end_run(actor, None), f"stop {actor.cid}")
+        await self._settle_fate(actor, finding)
+        if finding.fate not in (Fate.RUNS, Fate.STOPS):  # a launcher that runs it holds its port
             await self._guard_port(status)
-            if status.state is State.EXITED and record.spec.lifecycle.delete_on_exit:
-                self._leaving.append(actor.cid)
-            return
-        ended = found.exit if found is not None else services.read_exit(state_dir, status)
-        if found is not None and found.run == status.run and found.exit is None:
-            if status.state is State.INITIALIZING:
-                await self.starter.adopt_running(actor, found)
-            if actor.state is State.STOPPING:
-                self.spawn(self.ender.end_run(actor, None), f"stop {actor.cid}")
-            return
-        if ended is not None and ended.run == status.run and ended.instance == status.instance:
-            if status.state is State.INITIALIZING:
-                await self.starter.adopt_running(actor, None)
-            await self.ender.apply_exit(actor, ended)
-        elif record.boot_id is not None and record.boot_id != services.boot_id:
-            await self._lose(actor, Reason.NODE_REBOOTED, "the machine was restarted while it ran")
-        elif status.state is State.INITIALIZING and found is None and record.shim_pid is None:
-            await self._lose(
-                actor, Reason.SUPERVISOR_LOST, "the worker died before the launcher was told to start it"
-            )
-        else:
-            await self._lose(actor, Reason.SUPERVISOR_LOST, "the launcher that ran it is gone")
-        await self._guard_port(status)
+
+    async def _settle_fate(self, actor: ContainerActor, finding: Finding) -> None:
+        """Write down how a run ended that is over."""
+        if finding.exit is not None:
+            await self.ender.apply_exit(actor, finding.exit)
+        elif finding.reason is not None and finding.message is not None:
+            await self._lose(actor, finding.reason, finding.message)
 
     async def _guard_port(self, status: ContainerStatus) -> None:
         if status.port is None:
@@ -338,14 +347,17 @@ class Runtime:
             if record is None:
                 continue
             state_dir = self.services.data.container(actor.cid).state
-            if record.status.state in LIVE:
-                ended = self.services.read_exit(state_dir, record.status)
-                if ended is not None and record.status.state is not State.INITIALIZING:
-                    await self.ender.apply_exit(actor, ended)
-                else:
-                    await self._lose(actor, Reason.SUPERVISOR_LOST, "the launcher died while it ran")
+            recorded = self.services.read_exit(state_dir, record.status)
+            await self._settle_fate(actor, launcher_died(record, recorded))
             if actor.record is not None:
-                await self._guard_port(actor.record.status)
+                self.spawn(self._guard_at_rest(actor), f"port {actor.cid}")
+
+    async def _guard_at_rest(self, actor: ContainerActor) -> None:
+        """Hold a container's port in a new launcher: after a create or a remove that is under way, of which one has a
+        port of the launcher that died, and the other may have given its own back already."""
+        await actor.wait_for(lambda: actor.idle or actor.record is None)
+        if actor.record is not None:
+            await self._guard_port(actor.record.status)
 
     # -- waiting, draining, repeating
 
@@ -384,13 +396,6 @@ class Runtime:
         if not self.services.draining:
             return NodeState.READY
         return NodeState.DRAINING if self.live_count() else NodeState.DRAINED
-
-
-def _is_stranger(found: LaunchedContainer, status: ContainerStatus) -> bool:
-    """Whether it is another instance than the journal's, or a run that the journal does not know to be alive."""
-    if found.instance != status.instance:
-        return True
-    return found.exit is None and (status.state not in LIVE or found.run != status.run)
 
 
 def target_of(record: ContainerRecord, dirs: ContainerDirs | None = None) -> Target | None:

@@ -97,6 +97,12 @@ class Services:
 
     # -- policy
 
+    def grant(self, config: Config) -> None:
+        """Go by the policy of `config` from now on: for what is asked or begun after this."""
+        self.config = config
+        for part in (self.puller, self.transfers, self.mirrors):
+            part.grant(config)
+
     def make_policy(
         self,
         spec: ServiceSpec,

@@ -122,6 +122,12 @@ SETTINGS: tuple[Setting, ...] = (
         doc="time between two samples of a container",
     ),
     Setting(
+        key="node.on_shutdown",
+        kind=Kind.TEXT,
+        default="keep",
+        doc="whether containers go on (keep) or are stopped (stop) when the worker is told to end",
+    ),
+    Setting(
         key="secrets.dir",
         kind=Kind.PATH,
         default="{data_dir}/secrets",

@@ -3,14 +3,16 @@
 import asyncio
 import signal
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import msgspec
+from loguru import logger
 
 from schemas.errors import ContractError
 from schemas.spec import S3Storage
-from schemas.status import Reason, State
+from schemas.status import ContainerStatus, Reason, State
 from schemas.values import normal_target
 from worker.container import STARTS, ContainerActor
 from worker.ending import Ender
@@ -20,7 +22,6 @@ from worker.errors import (
     Interrupted,
     NotFound,
     ResourceExhausted,
-    StartFailed,
     Unavailable,
 )
 from worker.lifecycle import LIVE, Trigger, next_state
@@ -28,12 +29,12 @@ from worker.owners import give_volumes
 from worker.platform.base import ROOTED, ROOTED_TMP, SandboxPolicy
 from worker.records import ContainerRecord, from_unix_us
 from worker.services import Services
-from worker.supervisor import LaunchedContainer, StartRequest
+from worker.supervisor import LaunchedContainer, LauncherGone, StartRequest
 from worker.volume_s3.mirrors import Wanted
 from worker.volume_s3.source import source_of
 from worker.volumes import empty_tmpfs, make_places
 from worker.volumes_env import volume_variables
-from worker.work import Phase, Work, now_utc
+from worker.work import Phase, PreparedStart, Work, now_utc
 
 
 class Starter:
@@ -83,6 +84,7 @@ class Starter:
         if record.status.state is not State.INITIALIZING:
             refuse_when_draining(self._services, work)
             refuse_when_full(self._services)
+            self.foresee(work, self.beginning(also(record), work), policy)
             await actor.transition(Trigger.BEGIN, lambda r: self.beginning(also(r), work), work=work)
         actor.set_phase(work, Phase.STARTING)
         record = actor.record
@@ -95,6 +97,8 @@ class Starter:
             if not isinstance(failure, ContractError):
                 raise
             error = failure
+            if isinstance(failure, Unavailable) and await self._was_lost(actor, record.status, failure):
+                raise Interrupted(f"the launcher died while {actor.cid} was starting") from failure
             if work.overtaken_by is not None and actor.state is State.INITIALIZING:
                 await self._cancel_start(actor, work, 0)  # it failed by itself before it noticed
             await actor.transition(
@@ -104,8 +108,45 @@ class Starter:
                 ),
                 work=work,
                 only_if=lambda r: r.status.state is State.INITIALIZING and r.status.run == run,
+                finish=True,
+                error=error,
             )
             raise
+
+    async def _was_lost(self, actor: ContainerActor, status: ContainerStatus, failure: Unavailable) -> bool:
+        """After a start whose outcome is not known. True when the launcher has died, which is told by whoever looks
+        after that; else nothing of the run is alive, and none of it will be, however late the launcher comes to it.
+        """
+        while not isinstance(failure, LauncherGone):
+            try:
+                await self._services.launcher.kill_tree(actor.cid, status.instance, status.run)
+            except NotFound:
+                return False
+            except Unavailable as again:
+                failure = again
+            else:
+                await self._ender.forget(actor.cid, status.instance)
+                return False
+        await actor.wait_for(lambda: actor.state is not State.INITIALIZING)
+        return True
+
+    def foresee(self, work: Work, record: ContainerRecord, policy: SandboxPolicy | None = None) -> None:
+        """Soon, while the journal writes the beginning of this run, make what the launcher will be asked for.
+
+        What cannot be made now is made when its turn has come, and fails then.
+        """
+        asyncio.get_running_loop().call_soon(self._prepare, work, record, policy)
+
+    def _prepare(self, work: Work, record: ContainerRecord, policy: SandboxPolicy | None) -> None:
+        if any(isinstance(item, S3Storage) for item in record.spec.storage):
+            return  # their folders change first
+        try:
+            policy = policy or self._services.policy_of(record)
+            request = self.start_request(record, policy, {})
+        except (ContractError, OSError) as failure:
+            logger.debug("{} of {} is not prepared: {}", work.verb, record.status.container, failure)
+            return
+        work.prepared = PreparedStart(record.status.instance, record.status.run, policy, request)
 
     def was_started(self, actor: ContainerActor, work: Work) -> bool:
         """A dead worker had begun this start; adoption has found out what became of it."""
@@ -127,14 +168,20 @@ class Starter:
         policy: SandboxPolicy | None,
     ) -> None:
         services, status = self._services, record.status
+        prepared, work.prepared = work.prepared, None
+        if prepared is not None and (prepared.instance, prepared.run) != (status.instance, status.run):
+            prepared = None
         if policy is None:
-            policy = services.policy_of(record)
+            policy = services.policy_of(record) if prepared is None else prepared.policy
         await self._fetch(actor, work, record, policy)
         if policy.isolation == ROOTED and len(policy.volumes) > 1:
             await services.in_thread(make_places, policy.volumes)
         dirs = services.data.container(actor.cid)
         told = services.host_api.begin(status, dirs, rooted=policy.isolation == ROOTED)
-        request = self.start_request(record, policy, told)
+        if prepared is not None and not told:
+            request = prepared.request
+        else:
+            request = self.start_request(record, policy, told)
         scratch = [volume for volume in policy.volumes if volume.kind == "tmpfs"]
         if scratch:
             await services.in_thread(empty_tmpfs, scratch, services.driver.folder_limits)
@@ -168,7 +215,11 @@ class Starter:
             result=result,
         )
         if not moved:
-            raise StartFailed(f"{actor.cid} was lost while it started")
+            # The launcher before this one died on the way, and the run is told as lost: it may not go on.
+            with suppress(NotFound, Unavailable):
+                await services.launcher.kill_tree(actor.cid, status.instance, status.run)
+            await self._ender.forget(actor.cid, status.instance)
+            raise Interrupted(f"the launcher died while {actor.cid} was starting")
         early, actor.early_exit = actor.early_exit, None
         if early is not None:
             await self._ender.apply_exit(actor, early)
@@ -199,13 +250,18 @@ class Starter:
 
     async def _cancel_start(self, actor: ContainerActor, work: Work, exit_code: int) -> None:
         reason = Reason.STOPPED if work.overtaken_by == "stop" else Reason.KILLED
-        await actor.transition(
+        error = Conflict(f"overtaken by a later {work.overtaken_by}")
+        moved = await actor.transition(
             Trigger.CANCEL,
             lambda r: self.cancelled(r, reason, exit_code),
             work=work,
             only_if=lambda r: r.status.state is State.INITIALIZING,
+            finish=True,
+            error=error,
         )
-        raise Conflict(f"overtaken by a later {work.overtaken_by}")
+        if moved and actor.record is not None and actor.record.spec.lifecycle.delete_on_exit:
+            self._services.remove_later(actor.cid)
+        raise error
 
     def cancelled(self, record: ContainerRecord, reason: Reason, exit_code: int = 0) -> ContainerRecord:
         return record.with_status(

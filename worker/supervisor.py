@@ -51,6 +51,7 @@ from worker.supervisor_types import (
 )
 from worker.supervisor_wire import (
     ConnectionEnded,
+    LauncherGone,
     Wire,
     connect,
     is_alive,
@@ -67,6 +68,7 @@ __all__ = [
     "LaunchFailed",
     "LaunchedContainer",
     "Launcher",
+    "LauncherGone",
     "LauncherHome",
     "StartRequest",
     "Started",
@@ -120,14 +122,11 @@ class Launcher(News):
         launcher = cls(home)
         loop = asyncio.get_running_loop()
         deadline = loop.time() + ATTACH_TIMEOUT_S
-        started = False
         while not await launcher._try_connect():
             if not spawn or loop.time() > deadline:
                 raise Unavailable(f"no launcher answers at {home.launcher_socket}")
-            if not started:
-                # When another one is just starting or ending, it is waited for.
-                started = await spawn_launcher(home, unsandboxed=unsandboxed)
-            if not started:
+            # One that is just starting or ending is waited for; ours may have been killed before it could answer.
+            if not await spawn_launcher(home, unsandboxed=unsandboxed):
                 await asyncio.sleep(POLL_S)
         return launcher
 
@@ -194,7 +193,8 @@ class Launcher(News):
         """Run a program; returns when it was reached. LaunchFailed names the step that failed.
 
         Asking again for a run that is running gives the same answer; Conflict for one that has ended, or
-        while another run of the container lives.
+        while another run of the container lives. LauncherGone: it died meanwhile, and whether the program ran is
+        not known.
         """
         fields = msgspec.structs.asdict(request)
         limits = {
@@ -202,8 +202,12 @@ class Launcher(News):
             for name in ("max_log_bytes", "max_rate", "cpu_time_limit_s")
             if (value := fields.pop(name)) is not None
         }
-        answer = await self._ask("start", START_TIMEOUT_S, limits=limits, **fields)
-        return _read(answer, Started)
+        while True:
+            try:
+                answer = await self._ask("start", START_TIMEOUT_S, limits=limits, **fields)
+                return _read(answer, Started)
+            except ConnectionEnded as failure:  # the same launcher is found again, or it is gone
+                logger.info("the start of {} is asked for again: {}", request.cid, failure.message)
 
     async def signal(self, cid: str, instance: str, run: int, signum: int) -> None:
         """Send a signal to the program. NotFound when it does not run."""
@@ -308,7 +312,7 @@ class Launcher(News):
         if self._recovery is not None:
             await asyncio.wait([self._recovery])
         if self._wire is None:
-            raise Unavailable("the launcher is gone")
+            raise LauncherGone("the launcher is gone")
         return await self._ask_on(self._wire, op, fields, timeout_s)
 
     async def _ask_on(self, wire: Wire, op: str, fields: dict[str, Any], timeout_s: float) -> dict[str, Any]:

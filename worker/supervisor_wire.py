@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -32,6 +33,10 @@ _decode = msgspec.json.Decoder(dict[str, Any]).decode
 
 class ConnectionEnded(Unavailable):
     """The launcher was there, and is not any more, or does not want this connection."""
+
+
+class LauncherGone(Unavailable):
+    """It has died, and its containers with it. What it was asked last, it may have done."""
 
 
 class Wire(asyncio.Protocol):
@@ -150,8 +155,8 @@ def launcher_build() -> str:
 async def spawn_launcher(home: LauncherHome, *, unsandboxed: bool = False) -> bool:
     """Start a launcher in a session of its own; it listens when this returns.
 
-    False when another one holds the directory: that one is to be asked. Unavailable, with what it said, when it
-    cannot start.
+    False when another one holds the directory, which is to be asked, or when this one was killed before it
+    listened. Unavailable, with what it said, when it cannot start.
     """
     python, program = launcher_program()
     arguments = ["--data-dir", str(home.root), "--key-file", str(home.key_path)]
@@ -186,7 +191,7 @@ async def spawn_launcher(home: LauncherHome, *, unsandboxed: bool = False) -> bo
             raise
         said.seek(0)
         reason = said.read(4096).decode(errors="replace").strip()
-    if code == EXIT_ALREADY_RUNNING:
+    if code in (EXIT_ALREADY_RUNNING, -signal.SIGKILL):
         return False
     if code:
         raise Unavailable(f"the launcher did not start: {reason or f'exit code {code}'}")

@@ -4,7 +4,7 @@ import asyncio
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import Enum, auto
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -16,7 +16,9 @@ from schemas.subjects import Subjects
 from worker.errors import Conflict
 from worker.images.model import ImageInfo
 from worker.journal import EventHead, Tx
+from worker.platform.base import SandboxPolicy
 from worker.records import ContainerRecord, encode_record
+from worker.supervisor_types import StartRequest
 
 DEFAULT_DEADLINE = timedelta(hours=24)
 
@@ -33,11 +35,21 @@ class Phase(Enum):
     OTHER = auto()
 
 
+class PreparedStart(NamedTuple):
+    """A run of an instance, and what the launcher is asked for it."""
+
+    instance: str
+    run: int
+    policy: SandboxPolicy
+    request: StartRequest
+
+
 @dataclass(slots=True, eq=False)
 class Work:
     """An accepted command. `seq` and `time` are its place in the command stream.
 
-    `recovered` is one that a dead worker had accepted, `internal` one of our own that no ledger knows.
+    `recovered` is one that a dead worker had accepted, `internal` one of our own that no ledger knows. `size`: of its
+    body, in bytes. `prepared`: the start that it leads to, made while the journal was writing.
     """
 
     command: AnyCommand
@@ -46,12 +58,14 @@ class Work:
     seq: int
     time: datetime
     headers: dict[str, str] | None = None
+    size: int = 0
     recovered: bool = False
     internal: bool = False
     phase: Phase = Phase.WAITING
     overtaken_by: str | None = None
     overtook: bool = False
     completed: bool = False
+    prepared: PreparedStart | None = None
     overtaken: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property

@@ -24,7 +24,11 @@ POINTS = (
     "completing",  # the completion is written, not committed
     "completed",  # it is committed, and nobody heard of that
 )
-ADOPTING = "adopting"  # not the worker but its launcher ends, when it is asked what it runs
+# Not the worker but its launcher ends, or stands still for a while:
+ADOPTING = "adopting"  # when it is asked what it runs
+LAUNCHING = "launching"  # when it was asked to start a program, and has not answered
+STANDING = "standing"  # when it is asked to start one, for longer than the worker waits
+PATIENCE_S, STANDING_S = 0.2, 1.0
 OPS = {  # what each verb asks the launcher for
     "create": "reserve_port",
     "run": "start",
@@ -144,13 +148,22 @@ def wrap(crash: Crash) -> None:
         async def wrapped(self: Launcher, op: str, *args: Any, **fields: Any) -> Any:
             if not crash.in_hand or op != crash.op:
                 return await real(self, op, *args, **fields)
+            if crash.is_at(STANDING):
+                disarm(crash._path)
+                os.kill(self.pid, signal.SIGSTOP)
+                asyncio.get_running_loop().call_later(STANDING_S, os.kill, self.pid, signal.SIGCONT)
+                return await real(self, op, PATIENCE_S, **fields)
             asking = asyncio.ensure_future(real(self, op, *args, **fields))
             for _ in range(3):  # until it is on its way
                 await asyncio.sleep(0)
             crash.at("asked")
-            answer = await asking
-            crash.at("answered")
-            return answer
+            if crash.is_at(LAUNCHING):
+                disarm(crash._path)
+                os.kill(self.pid, signal.SIGKILL)
+            try:
+                return await asking
+            finally:
+                crash.at("answered")  # also when the answer is an error
 
         return wrapped
 

@@ -7,13 +7,14 @@ completion says, and nothing was done twice. Where the crash left the outcome un
 
 import subprocess
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import pytest_asyncio
 
-from tests.acceptance.crash_entry import ADOPTING, POINTS, arm, disarm
+from tests.acceptance.crash_entry import ADOPTING, LAUNCHING, POINTS, STANDING, arm, disarm
 from tests.acceptance.forked import Forker
 from tests.acceptance.harness import Fleet, Server, Worker, alive, new_id, shell, until
 from tests.acceptance.test_survival import check_sequence
@@ -85,10 +86,12 @@ class Crashing:
             await self.fleet.client.ok(cid, "run", spec=self.spec())
             await until(lambda: self.count(cid, "starts") == 1, what="the program's beginning")
 
-    async def crash(self, point: str, cid: str, verb: str) -> dict[str, Any]:
+    async def crash(
+        self, point: str, cid: str, verb: str, spec: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
         """The completion of a command in whose way the worker ended."""
         client, command_id = self.fleet.client, new_id()
-        fields: dict[str, Any] = {"spec": self.spec()} if verb in ("create", "run") else {}
+        fields: dict[str, Any] = {"spec": spec or self.spec()} if verb in ("create", "run") else {}
         if verb == "kill":
             fields["signal"] = "SIGUSR1"
         arm(self.worker.at, point, command_id, verb)
@@ -112,7 +115,9 @@ async def crashing() -> AsyncIterator[Crashing]:
             check_sequence(made.fleet.client.events)
             listed = await made.fleet.client.query("list")
             assert listed["containers"] == []
-            assert not list((made.worker.data / "containers").iterdir())
+            # A worker that has just begun may still try out how trees are copied best.
+            containers = made.worker.data / "containers"
+            await until(lambda: not list(containers.iterdir()), what="an empty folder of containers")
     finally:
         made.worker.forker.close()
 
@@ -127,14 +132,21 @@ async def test_a_crash_leaves_one_answer_and_the_state_it_tells_of(
     before = None if verb in ("create", "run") else await client.query("state", container=cid)
     done = await crashing.crash(point, cid, verb)
 
-    told = [e for e in client.events if e.get("command_id") == done["command_id"]]
-    kinds = [e["type"] for e in told if e["type"].startswith("command_")]
-    assert kinds == ["command_accepted", "command_completed"]
+    assert answers_to(crashing, done) == ["command_accepted", "command_completed"]
     if not done["ok"]:
         assert done["error"]["code"] == "interrupted", done["error"]
         assert point in UNKNOWN.get(verb, set()), done["error"]
     await check_state(crashing, cid, verb, done, before)
+    starts, signals = crashing.count(cid, "starts"), crashing.count(cid, "signals")
     await client.ok(cid, "remove")
+    # Nothing came later either: the remove was the next in the container's queue.
+    assert answers_to(crashing, done) == ["command_accepted", "command_completed"]
+    assert (crashing.count(cid, "starts"), crashing.count(cid, "signals")) == (starts, signals)
+
+
+def answers_to(crashing: Crashing, done: dict[str, Any]) -> list[str]:
+    told = [e for e in crashing.fleet.client.events if e.get("command_id") == done["command_id"]]
+    return [e["type"] for e in told if e["type"].startswith("command_")]
 
 
 async def check_state(
@@ -165,6 +177,59 @@ async def check_state(
     assert (now["pid"] is not None and alive(now["pid"])) == (now["state"] == "running")
 
 
+@pytest.mark.parametrize("verb", ["create", "run"])
+@pytest.mark.parametrize("point", ["accepted", "begun", "completing", "completed"])
+async def test_a_crash_while_a_create_fails_lets_it_fail_once(
+    crashing: Crashing, point: str, verb: str
+) -> None:
+    client, cid = crashing.fleet.client, f"failing-{verb}-{POINTS.index(point)}"
+    missing = {**crashing.spec(), "image": {"name": "nobody-has-this", "pull_policy": "never"}}
+    done = await crashing.crash(point, cid, verb, missing)
+    assert done["error"]["code"] == "pull_failed"
+    assert states_of(crashing, cid) == ["pending", "removed"]
+    assert (await client.query("state", container=cid))["code"] == 404
+
+
+@pytest.mark.parametrize("point", ["accepted", "begun", "asked", "answered", "completing", "completed"])
+async def test_a_crash_while_a_start_fails_tells_what_is_known(crashing: Crashing, point: str) -> None:
+    client, cid = crashing.fleet.client, f"failing-start-{POINTS.index(point)}"
+    # The program is there and cannot be run.
+    (crashing.marks / "no-program").write_bytes(b"\x7fELF")
+    (crashing.marks / "no-program").chmod(0o755)
+    broken = {**crashing.spec(), "command": {"entrypoint": [str(crashing.marks / "no-program")]}}
+    broken["sandbox"] = {"read": [str(crashing.marks)]}
+    await client.ok(cid, "create", spec=broken)
+    done = await crashing.crash(point, cid, "start")
+    reason, code = done["status"]["reason"], done["error"]["code"]
+    assert (reason, code) in {("exec_failed", "start_failed"), ("supervisor_lost", "interrupted")}
+    assert states_of(crashing, cid) == ["pending", "pending", "initializing", "failed"]
+    await client.ok(cid, "remove")
+
+
+def states_of(crashing: Crashing, cid: str) -> list[str]:
+    told = crashing.fleet.client.events
+    return [e["status"]["state"] for e in told if e["type"] == "state_changed" and e["container"] == cid]
+
+
+@pytest.mark.parametrize("point", ["asked", "answered", "completing"])
+async def test_a_run_that_ends_and_leaves_while_nobody_looks_is_not_done_again(
+    crashing: Crashing, point: str
+) -> None:
+    """Its container is gone when the command is taken up again, which is no reason to make another."""
+    client, cid = crashing.fleet.client, f"leaving-{POINTS.index(point)}"
+    spec = {**crashing.spec(), "lifecycle": {"delete_on_exit": True}}
+    spec["command"] = {
+        "entrypoint": ["/bin/sh", "-c", "echo >> $0/$SANDFLEET_CONTAINER.starts", str(crashing.marks)]
+    }
+    done = await crashing.crash(point, cid, "run", spec)
+    assert done["ok"] or done["error"]["code"] == "interrupted"
+    await until(lambda: states_of(crashing, cid)[-1] == "removed", what="its leaving")
+    assert states_of(crashing, cid).count("initializing") == 1
+    assert crashing.count(cid, "starts") <= 1
+    assert crashing.count(cid, "starts") == 1 or not done["ok"]
+    await client.ok(cid, "remove")
+
+
 async def test_a_launcher_that_dies_while_it_is_asked_what_it_runs(crashing: Crashing) -> None:
     client, worker = crashing.fleet.client, crashing.worker
     await client.ok("adopted-0", "run", spec=shell("sleep 600"))
@@ -178,3 +243,49 @@ async def test_a_launcher_that_dies_while_it_is_asked_what_it_runs(crashing: Cra
     assert process is not None
     assert process.poll() is None
     await client.ok("adopted-0", "remove")
+
+
+@pytest.mark.parametrize("verb", ["run", "start", "restart"])
+async def test_a_launcher_that_dies_while_it_starts_a_program(crashing: Crashing, verb: str) -> None:
+    """Whether that ran is not known: told as such, and so is the end of what it may have printed."""
+    client, worker, cid = crashing.fleet.client, crashing.worker, f"launched-{VERBS.index(verb)}"
+    await crashing.prepare(cid, verb)
+    command_id = new_id()
+    arm(worker.at, LAUNCHING, command_id, verb)
+    fields = {"spec": crashing.spec()} if verb == "run" else {}
+    await client.send(cid, verb, id=command_id, **fields)
+    done = await client.completion(command_id)
+    assert done["error"]["code"] == "interrupted"
+    status = done["status"]
+    assert (status["state"], status["reason"]) == ("failed", "supervisor_lost")
+    last = {**await client.query("state", container=cid)}
+    assert last == status
+    assert worker.process is not None
+    assert worker.process.poll() is None
+    await client.ok(cid, "start")
+    await client.ok(cid, "remove")
+
+
+async def test_a_launcher_that_comes_late_to_a_start_leaves_nothing_running(crashing: Crashing) -> None:
+    client, worker, cid = crashing.fleet.client, crashing.worker, "late-0"
+    command_id = new_id()
+    arm(worker.at, STANDING, command_id, "run")
+    await client.send(cid, "run", id=command_id, spec=crashing.spec())
+    done = await client.completion(command_id)
+    assert (done["error"]["code"], done["status"]["state"]) == ("unavailable", "failed")
+    assert _programs(cid) == []
+    before = crashing.count(cid, "starts")
+    await client.ok(cid, "start")
+    await until(lambda: crashing.count(cid, "starts") == before + 1, what="the program's beginning")
+    await client.ok(cid, "remove")
+    assert _programs(cid) == []
+
+
+def _programs(cid: str) -> list[str]:
+    """Processes of a container, by what stands in their environment."""
+    found = []
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):
+            if f"SANDFLEET_CONTAINER={cid}\0".encode() in environ.read_bytes():
+                found.append(environ.parent.name)
+    return found

@@ -1,7 +1,7 @@
 """`make bench`: what a fleet feels, each figure beside its rival or limit, measured in the same run.
 
 Prints tables and writes bench-results.json. Give names to run only some: start sandbox network burst logs quiet idle adopt images pulls
-commands visible backlog.
+commands visible backlog far overload.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.acceptance.harness import Fleet, P, until
-from tests.bench import images, ledger, network, pulls, sandbox
+from tests.bench import far, images, journal, ledger, network, overload, pulls, sandbox
 
 CONFIG = '[node]\nstats_interval_s = 10\n[policy]\nregister_roots = ["{images}"]\nread = ["{prefix}"]\n'
 BWRAP = ["bwrap", "--unshare-all", "--ro-bind", "/", "/", "--dev", "/dev", "--proc", "/proc", "true"]
@@ -383,6 +383,9 @@ BENCHES: dict[str, Callable[[Fleet], Awaitable[Rows]]] = {
     "visible": lambda fleet: ledger.visible(fleet, row),
     "backlog": lambda fleet: ledger.backlog(fleet, row),
     "adopt": lambda fleet: ledger.adopt(fleet, row),
+    "journal": lambda fleet: journal.measure(fleet, row),
+    "far": lambda fleet: far.measure(fleet, row),
+    "overload": lambda fleet: overload.measure(fleet, row),
 }
 
 

@@ -1,9 +1,10 @@
 """What the sandbox itself costs: one program from the order to its end, children made ahead of need as the launcher has
-them, beside the bare fork and beside bubblewrap, in turn.
+them, beside the bare fork and beside bubblewrap, in turn. And how long the end of the hardest fork bomb takes.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import statistics
@@ -13,12 +14,16 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from schemas.status import Network
+from tests.integration.attack_help import USERS, compile_program, run_machine
 from worker.platform.base import NetworkPolicy, PathRule, SandboxPolicy
 from worker.platform.linux.driver import LinuxDriver
 
 CHILD = Path(__file__).with_name("sandbox_child.py")
 ROUNDS = 60
+STORM_LIMIT_S = 2.0
 
 
 def measure(rival: list[str], argv: list[str]) -> dict[str, list[float]]:
@@ -72,4 +77,23 @@ def rows(row: Any, rival: list[str] | None, argv: list[str]) -> list[dict[str, A
         if rival:
             ratio = p50["rootfs"] / p50["rival"]
             table.append(row("isolation rootfs ÷ bwrap", ratio, "", "0.6 or less", ratio <= 0.6))
+    return [*table, *storms(row)]
+
+
+def storms(row: Any) -> list[dict[str, Any]]:
+    """Five hundred processes that fork without a pause, stopped while they keep every processor busy; in a machine of
+    their own, by the users that can be had here. Empty where there is no C compiler, or no such machine.
+    """
+    table = []
+    with tempfile.TemporaryDirectory(prefix="sandfleet-bench-") as folder:
+        for user in USERS:
+            place = Path(folder) / user.replace(" ", "-")
+            place.mkdir()
+            with contextlib.suppress(pytest.skip.Exception):
+                program = compile_program(Path(folder))
+                for told in run_machine("attack_node.py", program, place, user, "storms")[1:]:
+                    name = f"a fork bomb's end, isolation {told['isolation']}, {user}"
+                    seconds = told["seconds"]
+                    met = seconds <= STORM_LIMIT_S and not told["left"]
+                    table.append(row(name, seconds, "s", f"{STORM_LIMIT_S:g} or less", met))
     return table

@@ -1,4 +1,4 @@
-"""`SEED=7 SECONDS=30 python -m tests.chaos [--faults worker_kill,purge] [--record FILE] [--keep]`.
+"""`SEED=7 SECONDS=30 python -m tests.chaos [--cluster] [--faults worker_kill,purge] [--record FILE] [--keep]`.
 
 Prints the schedule, which is a function of seed and length alone, what was done when, and what the judge
 found. Exit code 1 when that was anything. The same seed gives the same schedule again; what the machine makes
@@ -19,6 +19,7 @@ from .history import History, Violation, dump
 from .run import run
 
 PRIVATE = "CHAOS_PRIVATE"
+CLUSTER_SIZE = 3
 AFTER_S = 240.0  # for all that comes after the storm
 
 
@@ -27,6 +28,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=int(os.environ.get("SEED") or time.time_ns() % 1_000_000))
     parser.add_argument("--seconds", type=float, default=float(os.environ.get("SECONDS") or 30))
     parser.add_argument("--faults", default=os.environ.get("FAULTS") or None, help="only these, by comma")
+    parser.add_argument(
+        "--cluster", action="store_true", default=os.environ.get("CLUSTER", "") == "1", help="three servers"
+    )
     parser.add_argument("--record", type=Path, help="write the history that was judged")
     parser.add_argument("--limit", type=float, help="seconds after which a run that hangs is given up")
     parser.add_argument("--keep", action="store_true", help="leave the folder of the run")
@@ -41,7 +45,8 @@ def main() -> int:
     if not private and "disk_full" in kinds:
         kinds.remove("disk_full")
         print("left out: disk_full (without root there is no small disk of our own to fill)")
-    print(f"SEED={args.seed} SECONDS={args.seconds:g} FAULTS={','.join(kinds)}", flush=True)
+    form = " CLUSTER=1" if args.cluster else ""
+    print(f"SEED={args.seed} SECONDS={args.seconds:g}{form} FAULTS={','.join(kinds)}", flush=True)
     limit_s = args.limit or args.seconds + AFTER_S
     history, found = asyncio.run(_within(limit_s, args, kinds, private))
     if args.record is not None:
@@ -52,7 +57,7 @@ def main() -> int:
     )
     for violation in found:
         print(f"VIOLATION {violation}")
-    print(f"SEED={args.seed} SECONDS={args.seconds:g}: {len(found)} violations")
+    print(f"SEED={args.seed} SECONDS={args.seconds:g}{form}: {len(found)} violations")
     return 1 if found else 0
 
 
@@ -71,6 +76,7 @@ async def _within(
             args.seconds,
             faults=kinds,
             private=private,
+            servers=CLUSTER_SIZE if args.cluster else 1,
             say=lambda text: print(text, flush=True),
             keep=args.keep,
         )

@@ -173,6 +173,26 @@ def begun_after_its_deadline(history: History) -> None:
             message.body = json.dumps(body).encode()
 
 
+def executed_twice(history: History) -> None:
+    """One command that begins its container a second time."""
+    begun: dict[str, str] = {}
+    for message in history.events:
+        told = event(message)
+        if told["type"] == "state_changed" and told["status"]["state"] == "initializing":
+            first = begun.setdefault(told["container"], told["command_id"])
+            if first != told["command_id"]:
+                change(message, command_id=first)
+                return
+    raise AssertionError("no container was begun twice")
+
+
+def commands_out_of_order(history: History) -> None:
+    """What was stored long before another one is accepted after that was done."""
+    pairs = [event(m) for m in history.events if event(m)["type"] == "command_completed" and event(m)["ok"]]
+    for message in history.published:
+        message.sent_at += 1000.0 * any(told["command_id"] == message.id for told in pairs[:10])
+
+
 def impossible_transition(history: History) -> None:
     change(history.events[find(history, "state_changed", state="running")], from_="exited")
 
@@ -284,6 +304,8 @@ DEFECTS: list[tuple[Defect, str]] = [
     (went_well_and_did_not, "wrong completion"),
     (acted_on_another_instance, "wrong instance"),
     (begun_after_its_deadline, "begun too late"),
+    (executed_twice, "executed twice"),
+    (commands_out_of_order, "commands out of order"),
     (impossible_transition, "impossible transition"),
     (skipped_transition, "impossible transition"),
     (event_of_a_removed_instance, "event of a removed instance"),

@@ -11,6 +11,10 @@ FIRST_S = 1.0
 GAP_S = 1.3  # between two faults, on average
 STREAMS = (EVENTS, LOGS, COMMANDS)
 
+# In a cluster a whole server is killed as the leader of a stream, and there is no one store to put back.
+ALONE = frozenset({"put_back", "server_kill", "server_stop"})
+LEADER_GAP_S = (2.0, 4.0)
+
 Draw = Callable[[random.Random], dict[str, Any]]
 
 
@@ -83,9 +87,33 @@ FAULTS: dict[str, tuple[int, Draw]] = {
 }
 
 
-def plan_faults(rng: random.Random, seconds: float, kinds: Sequence[str] | None) -> list[Action]:
+# What is done to the leader of a stream: weight, and what else is drawn.
+LEADER_FAULTS: dict[str, tuple[int, Draw]] = {
+    "leader_kill": (5, _pause),
+    "leader_stop": (1, _hold),
+    "step_down": (4, _nothing),
+}
+
+
+def plan_leaders(rng: random.Random, seconds: float) -> list[Action]:
+    """Of a cluster: every few seconds the leader of a stream goes, in one way or another."""
+    actions: list[Action] = []
+    at_s = FIRST_S
+    while at_s < seconds:
+        args = {"stream": rng.choice(STREAMS)}
+        kind = rng.choices(list(LEADER_FAULTS), [weight for weight, _ in LEADER_FAULTS.values()])[0]
+        actions.append(Action(at_s, kind, {**args, **LEADER_FAULTS[kind][1](rng)}))
+        at_s += rng.uniform(*LEADER_GAP_S)
+    return actions
+
+
+def plan_faults(
+    rng: random.Random, seconds: float, kinds: Sequence[str] | None, *, cluster: bool = False
+) -> list[Action]:
     """`put_back` comes as two: a copy of the server's store is made, later it takes the store's place."""
     chosen = list(FAULTS) if kinds is None else list(kinds)
+    if cluster:
+        chosen = [kind for kind in chosen if kind not in ALONE]
     actions: list[Action] = []
     if not chosen:
         return actions

@@ -5,6 +5,7 @@ older copy. Within one, sequences of the stream only grow.
 """
 
 import gzip
+import hashlib
 from typing import Any, Literal
 
 import msgspec
@@ -20,8 +21,8 @@ class Published(msgspec.Struct, kw_only=True):
     """One message to the command stream. Times are seconds since the run began.
 
     `expect` is what its sender meant: a command, or something that can only be rejected. Messages of one id
-    and one `variant` have the same decoded body. `outcome`: acknowledged by the stream, refused by it, or no
-    answer came.
+    and one `variant` have the same decoded body. `outcome`: acknowledged by the stream (as
+    `stream_seq`, at `stored_at`), refused by it, or no answer came.
     """
 
     subject: str
@@ -31,6 +32,8 @@ class Published(msgspec.Struct, kw_only=True):
     variant: int = 0
     sent_at: float = 0.0
     outcome: Outcome = "unknown"
+    stream_seq: int = 0
+    stored_at: float = 0.0
 
 
 class Message(msgspec.Struct, kw_only=True):
@@ -44,11 +47,12 @@ class Message(msgspec.Struct, kw_only=True):
 
 
 class Loss(msgspec.Struct, kw_only=True):
-    """A stream lost messages by the injector's hand, and may have lost some that nobody had read.
+    """A stream lost messages by the injector's hand: of events and logs none that had not been read before.
 
     `purged`: all up to `upto` of `generation`. `made anew`: `generation` began empty. `put back`:
-    `generation` begins with what an older copy held, `upto` its last sequence, of which the first `unread`
-    had been purged before the copy was made.
+    `generation` begins with what an older copy held, `upto` its last sequence, of which the first `purged`
+    had been purged before the copy was made. `taken`: of the command stream, what it held unacknowledged and
+    has no more, by (sequence, digest of subject and body).
     """
 
     what: What
@@ -56,7 +60,17 @@ class Loss(msgspec.Struct, kw_only=True):
     at: float
     generation: int
     upto: int = 0
-    unread: int = 0
+    purged: int = 0
+    taken: list[tuple[int, str]] = []
+
+
+class Refusal(msgspec.Struct, kw_only=True):
+    """From here on the log stream may have refused a chunk: it was away, its server began anew, or its leader
+    changed. `after`: what it held before, of `generation`.
+    """
+
+    generation: int
+    after: int
 
 
 class Witness(msgspec.Struct, kw_only=True):
@@ -84,10 +98,8 @@ class Listed(msgspec.Struct, kw_only=True):
 
 class History(msgspec.Struct, kw_only=True):
     """`takeovers` counts starts with `--takeover` that succeeded; `doomed` are epochs of journals that were
-    destroyed on purpose. `refusals`: the log stream was away for a while, or its server was restarted, and may
-    have refused chunks. `ledger`: id → state, of commands whose completion may have been lost with a stream.
-    `left`: what was found on the machine after everything was removed. `faults`: what the run itself saw going
-    wrong (a worker that ended by itself, a wait that came to nothing).
+    destroyed on purpose. `left`: what was found on the machine after everything was removed. `faults`: what the
+    run itself saw going wrong (a worker that ended by itself, a wait that came to nothing).
     """
 
     node: str
@@ -98,15 +110,18 @@ class History(msgspec.Struct, kw_only=True):
     losses: list[Loss] = []
     witnesses: list[Witness] = []
     listed: list[Listed] = []
-    ledger: dict[str, str] = {}
     takeovers: int = 0
-    refusals: int = 0
+    refusals: list[Refusal] = []
     doomed: list[str] = []
     left: list[str] = []
     faults: list[str] = []
 
     def lost(self, stream: str) -> list[Loss]:
         return [loss for loss in self.losses if loss.stream == stream]
+
+
+def digest(subject: str, body: bytes) -> str:
+    return hashlib.sha256(subject.encode() + b" " + body).hexdigest()
 
 
 class Violation(msgspec.Struct, frozen=True):
@@ -131,7 +146,15 @@ def dump(history: History) -> bytes:
         for sent in history.published
     ]
     events = [msgspec.structs.replace(event, data=_without(event.data, "info")) for event in history.events]
-    slim = msgspec.structs.replace(history, published=published, events=events)
+    shorter = {
+        digest(sent.subject, sent.body): digest(kept.subject, kept.body)
+        for sent, kept in zip(history.published, published, strict=True)
+    }
+    losses = [
+        msgspec.structs.replace(loss, taken=[(seq, shorter.get(name, name)) for seq, name in loss.taken])
+        for loss in history.losses
+    ]
+    slim = msgspec.structs.replace(history, published=published, events=events, losses=losses)
     return gzip.compress(msgspec.json.encode(slim), mtime=0)
 
 

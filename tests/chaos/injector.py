@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -12,24 +11,20 @@ from pathlib import Path
 from typing import Any
 
 from .entry import write_knobs
-from .history import COMMANDS, EVENTS, LOGS, History, Loss
+from .history import EVENTS, History
 from .plan import Action
 from .processes import Worker
+from .publisher import Publisher
 from .reader import Reader
+from .servers import API_S, PATIENCE_S, POLL_S, ServerFaults
 from .world import World
 
-STREAMS = (EVENTS, LOGS, COMMANDS)
-API_S = 5.0
-PATIENCE_S = 30.0
-POLL_S = 0.02
 START_S = 5.0  # a worker that saw the full disk may take so long to end
 REFUSED = 4  # the exit code of a worker that may not run here
 
 
-class Injector:
-    """`now` gives the seconds since the run began; `nc` is a connection straight to the server; `poke` has the
-    node publish something.
-    """
+class Injector(ServerFaults):
+    """`nc` is a connection straight to the servers; `poke` has the node publish something."""
 
     def __init__(
         self,
@@ -37,16 +32,12 @@ class Injector:
         reader: Reader,
         history: History,
         nc: Any,
-        now: Callable[[], float],
+        publisher: Publisher,
         poke: Callable[[], Awaitable[None]],
     ) -> None:
-        self._world = world
-        self._reader = reader
-        self._history = history
-        self._nc = nc
-        self._now = now
+        super().__init__(world, reader, history, nc, publisher)
         self._poke = poke
-        self._copy: Path | None = None
+        self._disk_lock = asyncio.Lock()
         self._full_until = float("-inf")
 
     async def do(self, action: Action) -> None:
@@ -59,8 +50,9 @@ class Injector:
         world.link.heal()
         write_knobs(world.worker.knobs)
         async with world.server_lock, world.worker_lock:
-            if world.server.process is None:
-                await asyncio.to_thread(world.server.start)
+            for server in world.servers:
+                if server.process is None:
+                    await asyncio.to_thread(server.start)
             if not world.worker.running:
                 world.worker.start()
 
@@ -74,9 +66,13 @@ class Injector:
                 continue
             process = self._world.worker.process
             if process is not None and process.poll() is not None:
-                if process.returncode != REFUSED or self._now() > self._full_until:
+                if not self._had_no_space(process.returncode):
                     self._history.faults.append(f"the worker ended by itself with {process.returncode}")
                 self._world.worker.start()
+
+    def _had_no_space(self, code: int) -> bool:
+        """A worker that does not begin on a full disk says so and ends, whoever waits for it."""
+        return code == REFUSED and self._publisher.now() <= self._full_until
 
     # -- processes
 
@@ -95,7 +91,8 @@ class Injector:
         async with self._world.worker_lock:
             if self._world.worker.running:
                 code = await asyncio.to_thread(self._world.worker.terminate)
-                if code not in (0, -signal.SIGTERM):  # the signal itself, when it had hardly begun
+                # The signal itself, when it had hardly begun.
+                if code not in (0, -signal.SIGTERM) and not self._had_no_space(code):
                     self._history.faults.append(f"the worker ended with {code} when it was told to end")
             await asyncio.sleep(pause_s)
             self._world.worker.start()
@@ -134,23 +131,6 @@ class Injector:
             await asyncio.sleep(pause_s)
             self._world.worker.start()
 
-    async def do_server_kill(self, pause_s: float) -> None:
-        async with self._world.server_lock:
-            await asyncio.to_thread(self._world.server.kill)
-            await asyncio.sleep(pause_s)
-            await self._start_server()
-
-    async def _start_server(self) -> None:
-        """It takes connections before its streams are there: what comes then is refused."""
-        self._history.refusals += 1
-        await asyncio.to_thread(self._world.server.start)
-
-    async def do_server_stop(self, hold_s: float) -> None:
-        async with self._world.server_lock:
-            self._world.server.signal(signal.SIGSTOP)
-            await asyncio.sleep(hold_s)
-            self._world.server.signal(signal.SIGCONT)
-
     # -- the link
 
     async def do_link_cut(self) -> None:
@@ -178,13 +158,14 @@ class Injector:
     async def do_disk_full(self, hold_s: float) -> None:
         """Only where the node's disk is one of the run's own (`World.private`)."""
         filler = self._world.disk / "filler"
-        self._full_until = float("inf")
-        try:
-            await asyncio.to_thread(_fill, filler)
-            await asyncio.sleep(hold_s)
-        finally:
-            filler.unlink(missing_ok=True)
-            self._full_until = self._now() + START_S
+        async with self._disk_lock:
+            self._full_until = float("inf")
+            try:
+                await asyncio.to_thread(_fill, filler)
+                await asyncio.sleep(hold_s)
+            finally:
+                filler.unlink(missing_ok=True)
+                self._full_until = self._publisher.now() + START_S
 
     async def do_slow_fsync(self, commit_ms: int, hold_s: float) -> None:
         write_knobs(self._world.worker.knobs, commit_ms=commit_ms)
@@ -195,72 +176,6 @@ class Injector:
         write_knobs(self._world.worker.knobs, clock_s=by_s)
         await asyncio.sleep(hold_s)
         write_knobs(self._world.worker.knobs)
-
-    # -- streams
-
-    async def _api(self, call: str, request: dict[str, Any] | None = None) -> dict[str, Any]:
-        """JetStream's API, asked until it answers."""
-        deadline = time.monotonic() + PATIENCE_S
-        while True:
-            with contextlib.suppress(Exception):
-                body = json.dumps(request).encode() if request is not None else b""
-                answer = await self._nc.request(f"$JS.API.{call}", body, timeout=API_S)
-                return dict(json.loads(answer.data))
-            if time.monotonic() > deadline:
-                raise AssertionError(f"{call} was not answered")
-            await asyncio.sleep(0.1)
-
-    async def _state(self, stream: str) -> dict[str, Any]:
-        return dict((await self._api(f"STREAM.INFO.{stream}"))["state"])
-
-    async def do_purge(self, stream: str) -> None:
-        async with self._world.server_lock:
-            generation = self._reader.generation.get(stream, 1)
-            await self._api(f"STREAM.PURGE.{stream}")
-            upto = (await self._state(stream))["first_seq"] - 1
-        self._lose("purged", stream, generation, upto=upto)
-
-    async def do_make_anew(self, stream: str, pause_s: float) -> None:
-        async with self._world.server_lock:
-            self._history.refusals += 1
-            config = (await self._api(f"STREAM.INFO.{stream}"))["config"]
-            async with self._between_generations(stream):
-                await self._api(f"STREAM.DELETE.{stream}")
-                await asyncio.sleep(pause_s)
-                await self._api(f"STREAM.CREATE.{stream}", config)
-            self._lose("made anew", stream, self._reader.generation.get(stream, 1))
-
-    async def do_copy(self) -> None:
-        """Keep a copy of the server's store, as a crash at this moment would leave it."""
-        world = self._world
-        copy = world.folder / "copy"
-        async with world.server_lock:
-            await asyncio.to_thread(world.server.kill)
-            shutil.rmtree(copy, ignore_errors=True)
-            await asyncio.to_thread(shutil.copytree, world.server.folder, copy)
-            await self._start_server()
-        self._copy = copy
-
-    async def do_put_back(self, pause_s: float) -> None:
-        """The server goes on from the copy: what it stored since is gone."""
-        world = self._world
-        if self._copy is None:
-            return
-        async with (
-            world.server_lock,
-            self._reader.new_generation(EVENTS, LOGS),
-            world.link.away(),
-        ):
-            await asyncio.to_thread(world.server.kill)
-            shutil.rmtree(world.server.folder)
-            await asyncio.to_thread(shutil.copytree, self._copy, world.server.folder)
-            await asyncio.sleep(pause_s)
-            await self._start_server()
-            for stream in STREAMS:
-                state = await self._state(stream)
-                generation = self._reader.generation.get(stream, 0) + 1
-                upto, unread = state["last_seq"], state["first_seq"] - 1
-                self._lose("put back", stream, generation, upto=upto, unread=unread)
 
     # -- others under the same name
 
@@ -347,16 +262,6 @@ class Injector:
         if pid is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
-
-    def _between_generations(self, stream: str) -> Any:
-        if stream == COMMANDS:
-            return contextlib.nullcontext()
-        return self._reader.new_generation(stream)
-
-    def _lose(self, what: Any, stream: str, generation: int, *, upto: int = 0, unread: int = 0) -> None:
-        self._history.losses.append(
-            Loss(what=what, stream=stream, at=self._now(), generation=generation, upto=upto, unread=unread)
-        )
 
 
 def _copy_journal(data: Path, to: Path) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from datetime import datetime, timedelta
 from typing import Any
 
-from .history import COMMANDS, History, Published, Violation
+from .history import COMMANDS, History, Published, Violation, digest
 from .judge_events import Events, Told
 
 CODES = frozenset(
@@ -42,7 +42,7 @@ def check_commands(history: History, events: Events) -> Iterator[Violation]:
     for message in history.published:
         if message.expect == "command" and message.id is not None:
             sent[message.id].append(message)
-    yield from _check_rejections(history, rejected, sent, events.holes)
+    yield from _check_rejections(history, rejected, sent)
     for command_id, messages in sent.items():
         yield from _check_id(history, command_id, messages, by_id.get(command_id, []), events)
     malformed = {message.id for message in history.published if message.expect == "rejection"}
@@ -52,19 +52,22 @@ def check_commands(history: History, events: Events) -> Iterator[Violation]:
         if told.event["type"] == "command_completed":
             yield from _check_completion(told)
     yield from _check_effects(sent, events)
+    yield from _check_once(history, events)
+    yield from _check_order(history, sent, by_id)
 
 
 def _must_answer(history: History, message: Published) -> bool:
-    """The stream took it and was not robbed of it."""
-    lost = any(loss.at >= message.sent_at for loss in history.lost(COMMANDS))
-    return message.outcome == "stored" and not lost
+    """The stream took it, and was not robbed of it before the node had it."""
+    if message.outcome != "stored":
+        return False
+    place = message.stream_seq, digest(message.subject, message.body)
+    return not any(place in loss.taken for loss in history.lost(COMMANDS) if loss.at >= message.sent_at)
 
 
 def _check_rejections(
     history: History,
     rejected: Counter[tuple[str, str]],
     sent: dict[str, list[Published]],
-    holes: bool,
 ) -> Iterator[Violation]:
     """One rejection for each message that can only be rejected, none for nothing."""
     least: Counter[tuple[str, str]] = Counter()
@@ -77,7 +80,7 @@ def _check_rejections(
         elif len({m.variant for m in sent[message.id or ""]}) > 1:
             most[key] += message.outcome != "refused"  # one of two bodies under one id: see `_check_id`
     for key in rejected.keys() | least.keys():
-        if rejected[key] < least[key] and not holes:
+        if rejected[key] < least[key]:
             yield Violation("no rejection", f"{rejected[key]} for {least[key]} messages on {key[0]}")
         if rejected[key] > most[key]:
             yield Violation("rejected without reason", f"{rejected[key]} for {most[key]} on {key[0]}")
@@ -94,7 +97,7 @@ def _check_id(
     name = f"{verb} {command_id}"
     taken = [message for message in messages if message.outcome != "refused"]
     certain = [message for message in taken if _must_answer(history, message)]
-    yield from _check_pair(history, name, accepted, completed, events.holes, command_id, bool(certain))
+    yield from _check_pair(history, name, accepted, completed, bool(certain))
     if accepted and not taken:
         yield Violation("answer to nothing", f"{name} was refused by the stream and accepted all the same")
     if duplicates:
@@ -102,7 +105,9 @@ def _check_id(
             yield Violation("duplicate of nothing", f"{name} was sent once")
         for told_again in duplicates:
             yield from _check_duplicate(name, told_again, completed)
-    yield from _check_refusals(name, taken, certain, refusals, events.holes)
+    if any(t.place.epoch in history.doomed for t in told):
+        certain = []  # each of two journals had a first one of its own, and neither knew of the other's
+    yield from _check_refusals(name, taken, certain, refusals)
 
 
 def _check_pair(
@@ -110,8 +115,6 @@ def _check_pair(
     name: str,
     accepted: list[Told],
     completed: list[Told],
-    holes: bool,
-    command_id: str,
     certain: bool,
 ) -> Iterator[Violation]:
     """One acceptance and one completion, in this order. A journal that was destroyed keeps no promise."""
@@ -124,9 +127,9 @@ def _check_pair(
         yield Violation("completed twice", f"{name}: {[str(t) for t in kept_completed]}")
     if not answered and not completed:
         return
-    if answered and not kept_completed and not (holes and history.ledger.get(command_id) == "completed"):
+    if answered and not kept_completed:
         yield Violation("no completion", f"{name} ({'accepted' if accepted else 'not even accepted'})")
-    if completed and not accepted and not holes:
+    if completed and not accepted:
         yield Violation("completed without acceptance", name)
     if kept_completed and kept_accepted and kept_completed[0].place < kept_accepted[0].place:
         yield Violation("completed before acceptance", name)
@@ -144,7 +147,7 @@ def _answer(event: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _check_refusals(
-    name: str, taken: list[Published], certain: list[Published], refusals: Counter[str], holes: bool
+    name: str, taken: list[Published], certain: list[Published], refusals: Counter[str]
 ) -> Iterator[Violation]:
     """Of several bodies under one id one is the command, every other message is rejected."""
     variants = {message.variant for message in taken}
@@ -155,7 +158,7 @@ def _check_refusals(
     for winner in variants:
         least = Counter(_digest(m) for m in certain if m.variant != winner)
         most = Counter(_digest(m) for m in taken if m.variant != winner)
-        if refusals <= most and (holes or least <= refusals):
+        if least <= refusals <= most:
             return
     yield Violation("wrong rejections", f"{name}: {len(variants)} bodies, rejected: {dict(refusals)}")
 
@@ -187,6 +190,7 @@ def _check_completion(told: Told) -> Iterator[Violation]:
 def _check_effects(sent: dict[str, list[Published]], events: Events) -> Iterator[Violation]:
     """`if_instance` and `deadline`: what a command may not have touched or begun."""
     begun: set[str] = set()
+    made: set[tuple[str, str]] = set()  # command and the instance that it made in the place of the wanted one
     for told in events.told:
         event, status = told.event, told.status
         if event["type"] != "state_changed" or event.get("command_id") not in sent or status is None:
@@ -194,18 +198,52 @@ def _check_effects(sent: dict[str, list[Published]], events: Events) -> Iterator
         command_id = event["command_id"]
         body = _body(sent[command_id])
         wanted = body.get("if_instance")
-        replaces = body.get("type") in ("create", "run") and body.get("replace")
-        if (
-            wanted is not None
-            and status["instance"] != wanted
-            and not (replaces and status["state"] != "removed")
-        ):
+        own = command_id, status["instance"]
+        if body.get("replace") and event["from"] is None:
+            made.add(own)
+        if wanted is not None and status["instance"] != wanted and own not in made:
             yield Violation("wrong instance", f"{told} by {command_id}, which is for {wanted}")
-        if command_id not in begun and not told.after_hole and body.get("deadline") is not None:
+        if command_id not in begun and body.get("deadline") is not None:
             deadline = datetime.fromisoformat(body["deadline"])
             if datetime.fromisoformat(event["time"]) > deadline + timedelta(seconds=STOPPED_S):
                 yield Violation("begun too late", f"{told} by {command_id}, deadline {body['deadline']}")
         begun.add(command_id)
+
+
+def _check_once(history: History, events: Events) -> Iterator[Violation]:
+    """No command makes or starts its container twice. A journal that was destroyed knows nothing of the other."""
+    done: set[tuple[str, str, str, str]] = set()
+    for told in events.told:
+        event, status = told.event, told.status
+        command_id = event.get("command_id")
+        if event["type"] != "state_changed" or command_id is None or status is None:
+            continue
+        begins = status["state"] in ("pending", "initializing") and event["from"] != status["state"]
+        journal = told.place.epoch if told.place.epoch in history.doomed else ""
+        step = journal, command_id, status["container"], status["state"]
+        if begins and step in done:
+            yield Violation("executed twice", f"{told} by {command_id}")
+        if begins:
+            done.add(step)
+
+
+def _check_order(
+    history: History, sent: dict[str, list[Published]], by_id: dict[str, list[Told]]
+) -> Iterator[Violation]:
+    """Of one container: what was stored before another one was sent has its effect before it, or ends in an error."""
+    lines: dict[str, list[tuple[Published, Told, Told]]] = defaultdict(list)
+    for command_id, (message, *more) in sent.items():
+        told = by_id.get(command_id, [])
+        ends = [t for t in told if t.event["type"] == "command_completed" and t.event["ok"]]
+        if more or len(told) != 2 or len(ends) != 1 or not _must_answer(history, message):
+            continue
+        if not any(t.place.epoch in history.doomed for t in told):
+            lines[message.subject.rsplit(".", 1)[0]].append((message, told[0], ends[0]))
+    for line in lines.values():
+        for message, accepted, _ in line:
+            for other, _, end in line:
+                if end.place < accepted.place and message.stored_at < other.sent_at:
+                    yield Violation("commands out of order", f"{accepted}: {end} was sent after it")
 
 
 def _body(messages: list[Published]) -> dict[str, Any]:

@@ -1,8 +1,12 @@
-"""The event stream: its order, its numbers and its holes."""
+"""The event stream: its order and its numbers.
+
+The injector takes nothing away that was not read before. So whatever it did, every event was read at some time,
+and all of them together are without a gap.
+"""
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from .history import EVENTS, History, Loss, Message, Violation
@@ -32,7 +36,6 @@ class Told(NamedTuple):
     place: Place
     event: dict[str, Any]
     subject: str
-    after_hole: bool  # something that nobody could read may stand right before it
 
     @property
     def status(self) -> dict[str, Any] | None:
@@ -44,17 +47,15 @@ class Told(NamedTuple):
 
 
 class Events(NamedTuple):
-    """All events of the run by (epoch, seq). `holes`: some of them may never have been read."""
+    """All events of the run by (epoch, seq)."""
 
     told: list[Told]
-    holes: bool
     violations: list[Violation]
 
 
 def read_events(history: History) -> Events:
     found: list[Violation] = []
     known: dict[Place, tuple[dict[str, Any], str]] = {}
-    holes: set[Place] = set()
     by_generation: dict[int, list[Message]] = defaultdict(list)
     for message in history.events:
         by_generation[message.generation].append(message)
@@ -62,7 +63,7 @@ def read_events(history: History) -> Events:
     for generation, messages in sorted(by_generation.items()):
         parsed = [(message, *_parse(history, message, found)) for message in messages]
         good = [(message, place, event) for message, place, event in parsed if place is not None]
-        found += _check_order(history, generation, [(m, p) for m, p, _ in good], holes)
+        found += _check_order(history, generation, [(m, p) for m, p, _ in good])
         for message, place, event in good:
             before = known.setdefault(place, (event, message.subject))
             if before != (event, message.subject):
@@ -72,9 +73,9 @@ def read_events(history: History) -> Events:
     if newest is not None and (last is None or last < newest) and not _all_purged(history, by_generation):
         found.append(Violation("lost event", f"the stream ends with {last}, it had {newest}"))
     found += _check_epochs(history, known)
-    told = list(_in_order(known))
-    missing = any(one.after_hole for one in told)
-    return Events(told, missing or bool(holes), found)
+    found += _check_numbers(known)
+    told = [Told(place, *known[place]) for place in sorted(known)]
+    return Events(told, found)
 
 
 def visible(history: History, generation: int, last: int) -> list[Message]:
@@ -114,21 +115,20 @@ def _parse(history: History, message: Message, found: list[Violation]) -> tuple[
 
 
 def _check_order(
-    history: History, generation: int, messages: list[tuple[Message, Place]], holes: set[Place]
+    history: History, generation: int, messages: list[tuple[Message, Place]]
 ) -> Iterator[Violation]:
-    """Within one generation the events are consecutive, but for what was purged before it could be read. What
-    was purged before it was acknowledged is told again.
+    """Within one generation the events are consecutive, but for what was purged. What was purged before it was
+    acknowledged is told again.
     """
     purges = [loss.upto for loss in _purges(history, generation)]
-    unread = max((x.unread for x in history.lost(EVENTS) if x.generation == generation), default=0)
-    gone = max(unread, *purges) if purges else unread
+    gone = max((x.purged for x in history.lost(EVENTS) if x.generation == generation), default=0)
     seen: set[Place] = set()
     before, before_seq = Place("", 0), 0
     for message, place in messages:
         purged = any(before_seq <= upto < message.stream_seq for upto in purges)
         if purged:
             seen.clear()
-        # So many messages that nobody read stood before this one and were taken away.
+        # So many messages stood before this one in the copy's own past.
         unseen = message.stream_seq - before_seq - 1 if message.stream_seq - 1 <= gone else 0
         expected = before.seq + 1 if place.epoch == before.epoch else 1
         if place in seen:
@@ -137,22 +137,23 @@ def _check_order(
             before = place
         elif place < before:
             yield Violation("events out of order", f"{place} stands behind {before}")
-        elif place.seq != expected:
-            if not unseen or (place.epoch == before.epoch and place.seq - expected != unseen):
-                yield Violation(
-                    "lost event", f"{place.seq - expected} events before {place} are not in the stream"
-                )
-            holes.add(place)
+        elif place.seq != expected and (
+            not unseen or (place.epoch == before.epoch and place.seq - expected != unseen)
+        ):
+            yield Violation(
+                "lost event", f"{place.seq - expected} events before {place} are not in the stream"
+            )
         seen.add(place)
         before, before_seq = max(before, place), message.stream_seq
 
 
-def _in_order(known: dict[Place, tuple[dict[str, Any], str]]) -> Iterator[Told]:
+def _check_numbers(known: Iterable[Place]) -> Iterator[Violation]:
+    """All that was ever read, together: 1, 2, 3 … of each epoch."""
     before = Place("", 0)
     for place in sorted(known):
-        follows = place.seq == (before.seq + 1 if place.epoch == before.epoch else 1)
-        event, subject = known[place]
-        yield Told(place, event, subject, after_hole=not follows)
+        expected = before.seq + 1 if place.epoch == before.epoch else 1
+        if place.seq != expected:
+            yield Violation("lost event", f"nobody ever read {expected} to {place.seq - 1} before {place}")
         before = place
 
 

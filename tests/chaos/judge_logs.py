@@ -2,11 +2,13 @@
 
 The programs of a run print lines of one width, numbered from 0 on each stream (`line`), so that every byte of
 a run can be computed from the number of the program, which its lines name.
+
+The injector takes no chunk away that was not read before: what one life of the stream lacks, an earlier one had.
 """
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import groupby, pairwise
 from typing import NamedTuple
 
@@ -16,7 +18,6 @@ from .judge_states import UNKNOWN_OUTCOME, Status
 
 MAX_CHUNK = 256 * 1024
 STREAMS = ("stdout", "stderr")
-Mark = tuple[int, int, int]
 REASONS = frozenset({"size", "rate", "disk"})
 LINE = re.compile(rb"([0-9A-HJKMNP-TV-Z]{26})\.(\d{3}) (stdout|stderr) (\d{8}) (x*)\n")
 
@@ -78,10 +79,9 @@ def check_logs(history: History, events: Events) -> Iterator[Violation]:
         yield from _check_places(history, key, line_of)
         for run in _runs(key, line_of):
             runs[key.instance, run.run][key.stream] = run
-            if run.incomplete and not _is_cut(ends.get((key.instance, run.run))) and not events.holes:
+            if run.incomplete and not _is_cut(ends.get((key.instance, run.run))):
                 yield Violation("incomplete without a cause", f"{key}, run {run.run}")
-    if not history.lost(LOGS):
-        yield from _check_presence(events, runs)
+    yield from _check_presence(events, runs)
     yield from _check_contents(history, runs)
 
 
@@ -114,18 +114,19 @@ def _parse(history: History, message: Message, found: list[Violation]) -> tuple[
 
 
 def _check_places(history: History, key: Key, chunks: list[Chunk]) -> Iterator[Violation]:
-    """Whatever the stream held at one time: each chunk begins where the one before it ended, but for what was
-    lost with the stream. One that the server refused may stand behind later ones: then only its place counts.
+    """Whatever the stream held at one time: each chunk begins where the one before it ended, or what stands
+    between them was read before the stream lost it. One that the server refused may stand behind later ones:
+    then only its place counts.
     """
     generation, reached = 0, 0
-    judged: set[tuple[Mark, Mark]] = set()  # neighbours of earlier generations: a copy holds them again
+    everything = {(chunk.offset, chunk.end) for chunk in chunks}
     for life in _lives(history, chunks):
         placed = sorted(life, key=_place)
-        if placed != life and not history.refusals:
-            yield Violation("log out of order", f"{key}, generation {placed[0].generation}")
+        for one, other in pairwise(life):
+            if _place(other) < _place(one) and not _may_be_late(history, one):
+                yield Violation("log out of order", f"{key}, generation {one.generation}, at {other.offset}")
         if placed[0].generation != generation:
             generation, reached = placed[0].generation, 0
-        unread = _unread(history, generation)
         before: Chunk | None = None
         for chunk in placed:
             # What was purged may be told again: its id was forgotten with it.
@@ -135,17 +136,26 @@ def _check_places(history: History, key: Key, chunks: list[Chunk]) -> Iterator[V
                     "log bytes twice", f"{key} at {chunk.offset}, told up to {expected} (run {chunk.run})"
                 )
             elif chunk.offset > expected and not (
-                unread
-                or _cut_between(history, before, chunk)
-                or (before is not None and (_mark(before), _mark(chunk)) in judged)
+                history.lost(LOGS) and _covered(everything, expected, chunk.offset)
             ):
                 yield Violation(
                     "log bytes lost", f"{key}: {expected} to {chunk.offset} is neither there nor covered"
                 )
             before = chunk
             reached = max(reached, chunk.end)
-        judged |= {(_mark(one), _mark(other)) for one, other in pairwise(placed)}
         yield from _check_ends(key, placed)
+
+
+def _may_be_late(history: History, later: Chunk) -> bool:
+    """Whether something before `later` can have been refused when it came first, and stand behind it."""
+    return any(r.generation == later.generation and r.after < later.stream_seq for r in history.refusals)
+
+
+def _covered(told: Iterable[tuple[int, int]], start: int, stop: int) -> bool:
+    for offset, end in sorted(told):
+        if offset <= start < end:
+            start = end
+    return start >= stop
 
 
 def _lives(history: History, chunks: list[Chunk]) -> Iterator[list[Chunk]]:
@@ -160,35 +170,8 @@ def _lives(history: History, chunks: list[Chunk]) -> Iterator[list[Chunk]]:
         yield list(members)
 
 
-def _mark(chunk: Chunk) -> Mark:
-    return chunk.stream_seq, chunk.offset, chunk.end
-
-
 def _place(chunk: Chunk) -> tuple[int, int, int]:
     return chunk.offset, chunk.end, chunk.eof or 0
-
-
-def _unread(history: History, generation: int) -> bool:
-    """Whether messages of this generation were purged before anybody had read them."""
-    purged = [
-        max(loss.upto if loss.what == "purged" else 0, loss.unread)
-        for loss in history.lost(LOGS)
-        if loss.generation == generation
-    ]
-    upto = max(purged, default=0)
-    seen = sum(m.generation == generation and m.stream_seq <= upto for m in history.logs)
-    return seen < upto
-
-
-def _cut_between(history: History, before: Chunk | None, chunk: Chunk) -> bool:
-    """Whether the stream lost its end between the two, and with it what stood there."""
-    first, last = sorted((before.stream_seq if before is not None else 0, chunk.stream_seq))
-    for loss in history.lost(LOGS):
-        if loss.generation != chunk.generation or loss.what == "purged":
-            continue
-        if before is None or (loss.what == "put back" and first <= loss.upto < last):
-            return True
-    return False
 
 
 def _check_ends(key: Key, placed: list[Chunk]) -> Iterator[Violation]:
@@ -269,12 +252,12 @@ def _check_contents(history: History, runs: dict[tuple[str, int], dict[str, Run]
             continue
         for stream in STREAMS:
             if stream in streams:
-                yield from _check_content(history, streams[stream], witness)
-            elif getattr(witness, stream) and not history.lost(LOGS):
+                yield from _check_content(streams[stream], witness)
+            elif getattr(witness, stream):
                 yield Violation("log bytes lost", f"{instance}, run {run}: all of {stream}")
     for instance, number in witnesses.keys() - used.keys():
         witness = witnesses[instance, number]
-        if (witness.stdout or witness.stderr) and instance not in unnumbered and not history.lost(LOGS):
+        if (witness.stdout or witness.stderr) and instance not in unnumbered:
             yield Violation("log bytes lost", f"{instance}: all of its program {number}, {witness}")
 
 
@@ -285,26 +268,20 @@ def _number(run: Run) -> int | None:
     return None if found is None else int(found[2])
 
 
-def _check_content(history: History, run: Run, witness: Witness) -> Iterator[Violation]:
+def _check_content(run: Run, witness: Witness) -> Iterator[Violation]:
     instance, stream = run.key.instance, run.key.stream
     width = len(line(instance, witness.number, stream, 0, witness.pad))
     where = f"{run.key}, run {run.run}"
     printed = getattr(witness, stream)
-    robbed = bool(history.lost(LOGS))
     start = run.start
-    if robbed:
-        anchor = _anchor(run, width)
-        if anchor is None:
-            return
-        start = anchor
     for chunk in run.chunks:
         if chunk.data and chunk.data != _expected(instance, witness, stream, width, chunk, start):
             yield Violation("wrong log bytes", f"{where}, at {chunk.offset}")
             return
-    length = max(chunk.end for chunk in run.chunks) - start
+    length = run.length
     if length > (printed + 1) * width:
         yield Violation("log bytes invented", f"{where}: {length} bytes, {printed} lines of {width}")
-    if run.incomplete or robbed or not run.eof:
+    if run.incomplete or not run.eof:
         return
     if length < printed * width:
         yield Violation("log bytes lost", f"{where}: {length} bytes, {printed} lines of {width}")
@@ -312,15 +289,6 @@ def _check_content(history: History, run: Run, witness: Witness) -> Iterator[Vio
         yield Violation("log bytes lost", f"{where}: the last line is cut, {length} bytes")
     elif witness.ended and length > printed * width:
         yield Violation("log bytes invented", f"{where}: {length} bytes, {printed} lines of {width}")
-
-
-def _anchor(run: Run, width: int) -> int | None:
-    """Where the run began, from the number of any whole line that was read."""
-    for chunk in run.chunks:
-        found = LINE.search(chunk.data)
-        if found is not None:
-            return chunk.offset + found.start() - int(found[4]) * width
-    return None
 
 
 def _expected(instance: str, witness: Witness, stream: str, width: int, chunk: Chunk, start: int) -> bytes:

@@ -44,31 +44,23 @@ def check_states(events: list[Told]) -> Iterator[Violation]:
     """Each container from event to event."""
     last: dict[str, Status] = {}
     gone: set[str] = set()
-    sure = True  # nothing is missing since the containers were last told of
-    fresh: set[str] = set()  # told of since the last hole
     for told in events:
-        if told.after_hole:
-            fresh.clear()
-            sure = False
         status = told.status
         cid = told.event.get("container")
         if status is None or cid is None:
             continue
         yield from _check_status(told, status)
-        before = last.get(cid) if sure or cid in fresh else None
-        known = sure or cid in fresh
+        before = last.get(cid)
         if status["instance"] in gone and status["state"] != "removed":
             yield Violation("event of a removed instance", f"{told} of {status['instance']}")
         if told.event["type"] == "state_changed":
-            if known:
-                yield from _check_step(told, before, status)
+            yield from _check_step(told, before, status)
             yield from _check_from(told, status)
-        elif known and status != (before or {}):
+        elif status != (before or {}):
             yield Violation("status differs", f"{told} does not carry the newest status of {cid}")
         if status["state"] == "removed":
             gone.add(status["instance"])
         last[cid] = status
-        fresh.add(cid)
 
 
 def _check_from(told: Told, status: Status) -> Iterator[Violation]:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import AsyncIterator
 from typing import Self
 
@@ -10,15 +11,16 @@ IN_FLIGHT = 256  # pieces read and not yet passed on, per way
 
 
 class Link:
-    """`async with Link(port) as link`: connect to `link.url`. What is set concerns open connections too.
+    """`async with Link(port, …) as link`: connect to `link.url`, an address for each port. What is set concerns
+    open connections too.
 
     `delay_s` holds for each way, `bytes_per_s` too (0: no limit). A way in `held` passes nothing on, and
     neither end is told.
     """
 
-    def __init__(self, port: int) -> None:
-        self._port = port
-        self._server: asyncio.Server | None = None
+    def __init__(self, *ports: int) -> None:
+        self._ports = ports
+        self._servers: list[asyncio.Server] = []
         self._tasks: set[asyncio.Task[None]] = set()
         self._changed = asyncio.Event()
         self.url = ""
@@ -28,13 +30,16 @@ class Link:
         self.shut = False  # both ways are held, whatever `held` says
 
     async def __aenter__(self) -> Self:
-        self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
-        self.url = f"nats://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        for port in self._ports:
+            accept = functools.partial(self._accept, port)
+            self._servers.append(await asyncio.start_server(accept, "127.0.0.1", 0))
+        ours = [server.sockets[0].getsockname()[1] for server in self._servers]
+        self.url = ",".join(f"nats://127.0.0.1:{port}" for port in ours)
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        assert self._server is not None
-        self._server.close()
+        for server in self._servers:
+            server.close()
         await self.cut()
 
     async def cut(self) -> None:
@@ -51,9 +56,10 @@ class Link:
 
     @contextlib.asynccontextmanager
     async def away(self) -> AsyncIterator[None]:
-        """Inside, nothing passes; after it all connections are new."""
+        """Inside, nothing passes; all connections that were open are gone, and those of meanwhile after it."""
         self.shut = True
         try:
+            await self.cut()
             yield
         finally:
             await self.cut()
@@ -68,16 +74,16 @@ class Link:
         self.delay_s, self.bytes_per_s = 0.0, 0
         self.hold()
 
-    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.get_running_loop().create_task(self._serve(reader, writer))
+    def _accept(self, port: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.get_running_loop().create_task(self._serve(port, reader, writer))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         task.add_done_callback(lambda _: writer.close())
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _serve(self, port: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         ends = [writer]
         try:
-            server_reader, server_writer = await asyncio.open_connection("127.0.0.1", self._port)
+            server_reader, server_writer = await asyncio.open_connection("127.0.0.1", port)
             ends.append(server_writer)
             async with asyncio.TaskGroup() as group:
                 group.create_task(self._copy(reader, server_writer, "up"))

@@ -22,12 +22,18 @@ def _short(value: object) -> str:
     return text if len(text) <= 90 else f"{text[:60]}…({len(text)})"
 
 
-def plan(seed: int, seconds: float, faults: Sequence[str] | None = None) -> list[Action]:
-    """All actions in order of time. `faults` limits the kinds of fault; without any there are none."""
-    from .faults import plan_faults
+def plan(
+    seed: int, seconds: float, faults: Sequence[str] | None = None, *, cluster: bool = False
+) -> list[Action]:
+    """All actions in order of time. `faults` limits the kinds of fault; without any there are none. In a cluster
+    the leaders are changed and killed besides, every few seconds.
+    """
+    from .faults import plan_faults, plan_leaders
     from .scheduler import plan_commands
 
     # Two generators, so that leaving out a fault leaves the commands as they are.
     actions = plan_commands(random.Random(f"commands {seed}"), seconds)
-    actions += plan_faults(random.Random(f"faults {seed}"), seconds, faults)
+    actions += plan_faults(random.Random(f"faults {seed}"), seconds, faults, cluster=cluster)
+    if cluster:
+        actions += plan_leaders(random.Random(f"leaders {seed}"), seconds)
     return sorted(actions, key=lambda action: action.at_s)

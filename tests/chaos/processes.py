@@ -20,12 +20,19 @@ PATIENCE_S = 15.0
 
 
 class Server:
-    """A nats-server with JetStream on one port, and a store that survives it."""
+    """A nats-server with JetStream on one port, and a store that survives it. With `routes` one of a cluster."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, route_port: int = 0, routes: str = "") -> None:
         self.folder = folder
-        self.port = _free_port()
+        self.name = folder.name
+        self.port = free_port()
         self.process: subprocess.Popen[bytes] | None = None
+        self._cluster = [
+            *("-n", self.name, "--cluster_name", "chaos", "--no_advertise=true"),
+            *("--cluster", f"nats://127.0.0.1:{route_port}", "--routes", routes),
+        ]
+        if not routes:
+            self._cluster = []
 
     @property
     def url(self) -> str:
@@ -33,7 +40,7 @@ class Server:
 
     def start(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        argv = ["-a", "127.0.0.1", "-p", str(self.port), "-js", "-sd", str(self.folder)]
+        argv = ["-a", "127.0.0.1", "-p", str(self.port), "-js", "-sd", str(self.folder), *self._cluster]
         with self.folder.with_suffix(".log").open("ab") as log:
             self.process = subprocess.Popen(
                 [str(BIN / "nats-server"), *argv], stdout=log, stderr=log, start_new_session=True
@@ -56,14 +63,26 @@ class Server:
             self.process = None
 
 
+def cluster(folder: Path, count: int) -> list[Server]:
+    """Servers that know each other and tell no client of each other; one alone is no cluster."""
+    if count == 1:
+        return [Server(folder / "nats")]
+    ports = [free_port() for _ in range(count)]
+    routes = ",".join(f"nats://127.0.0.1:{port}" for port in ports)
+    return [
+        Server(folder / f"nats-{number}", route_port=port, routes=routes) for number, port in enumerate(ports)
+    ]
+
+
 class Worker:
     """A worker (`entry`) on a data directory of its own, with knobs to its disk and clock."""
 
-    def __init__(self, node: str, folder: Path, config: str, url: str, data: Path) -> None:
+    def __init__(self, node: str, folder: Path, config: str, url: str, data: Path, tmp: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.node = node
         self.url = url
         self.data = data
+        self.tmp = tmp
         self.log_path = folder / "worker.log"
         self.config = folder / "node.toml"
         self.config.write_text(config)
@@ -84,7 +103,7 @@ class Worker:
                 stdin=subprocess.DEVNULL,
                 start_new_session=True,
                 cwd=REPO,
-                env={**os.environ, "CHAOS_KNOBS": str(self.knobs)},
+                env={**os.environ, "CHAOS_KNOBS": str(self.knobs), "TMPDIR": str(self.tmp)},
             )
 
     @property
@@ -151,7 +170,7 @@ def _proc(pid: int, name: str) -> str:
         return ""
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

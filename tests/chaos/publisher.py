@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -13,6 +14,7 @@ from .plan import Action
 from .reader import Reader
 
 PATIENCE_S = 3.0
+POLL_S = 0.005
 
 
 class Publisher:
@@ -25,9 +27,23 @@ class Publisher:
         self._paths = paths
         self._sent: dict[str, Published] = {}
         self._began = asyncio.get_running_loop().time()
+        self._open = asyncio.Event()
+        self._open.set()
+        self._under_way = 0
 
     def now(self) -> float:
         return asyncio.get_running_loop().time() - self._began
+
+    @contextlib.asynccontextmanager
+    async def silence(self) -> AsyncIterator[None]:
+        """Inside, nothing is published, and all that was has its answer or never gets one."""
+        self._open.clear()
+        try:
+            while self._under_way:
+                await asyncio.sleep(POLL_S)
+            yield
+        finally:
+            self._open.set()
 
     async def do(self, action: Action) -> None:
         args = action.args
@@ -96,12 +112,23 @@ class Publisher:
 
     async def _publish(self, message: Published) -> None:
         """One attempt: whether a message without an answer was stored is not known."""
-        message.sent_at = self.now()
-        self._history.published.append(message)
-        with contextlib.suppress(nats.errors.TimeoutError, nats.errors.ConnectionClosedError):
-            try:
-                answer = await self._nc.request(message.subject, message.body, timeout=PATIENCE_S)
-            except nats.errors.NoRespondersError:
-                message.outcome = "refused"
-                return
-            message.outcome = "refused" if "error" in json.loads(answer.data) else "stored"
+        while not self._open.is_set():
+            await self._open.wait()
+        self._under_way += 1
+        try:
+            message.sent_at = self.now()
+            self._history.published.append(message)
+            with contextlib.suppress(nats.errors.TimeoutError, nats.errors.ConnectionClosedError):
+                await self._ask(message)
+        finally:
+            self._under_way -= 1
+
+    async def _ask(self, message: Published) -> None:
+        try:
+            raw = await self._nc.request(message.subject, message.body, timeout=PATIENCE_S)
+        except nats.errors.NoRespondersError:
+            message.outcome = "refused"
+            return
+        answer = json.loads(raw.data)
+        message.outcome = "refused" if "error" in answer else "stored"
+        message.stream_seq, message.stored_at = answer.get("seq", 0), self.now()

@@ -29,7 +29,11 @@ async def connect(url: str) -> Any:
         return None  # the server is killed on purpose
 
     return await nats.connect(
-        url, max_reconnect_attempts=-1, reconnect_time_wait=0.05, error_cb=quiet, allow_reconnect=True
+        url.split(","),
+        max_reconnect_attempts=-1,
+        reconnect_time_wait=0.05,
+        error_cb=quiet,
+        allow_reconnect=True,
     )
 
 
@@ -88,10 +92,7 @@ class Reader:
 
     @contextlib.asynccontextmanager
     async def new_generation(self, *streams: str) -> AsyncIterator[None]:
-        """Read to the end; meanwhile nothing is read; after it from the first message on."""
-        for stream in streams:
-            with contextlib.suppress(ReadFailed):
-                await self.catch_up(stream)
+        """Meanwhile nothing is read; after it from the first message on."""
         async with self._lock:
             try:
                 yield

@@ -38,7 +38,7 @@ class Run:
         self._ids = 0
         paths = {"witness": str(world.witness), "image": str(world.image)}
         self.publisher = Publisher(nc, history, reader, paths)
-        self.injector = Injector(world, reader, history, nc, self.publisher.now, self.poke)
+        self.injector = Injector(world, reader, history, nc, self.publisher, self.poke)
 
     async def command(self, cid: str | None, verb: str, **fields: Any) -> bool:
         """One of our own, and its answer. False when none came."""
@@ -105,12 +105,6 @@ class Run:
         for stream in (EVENTS, LOGS):
             with contextlib.suppress(ReadFailed):
                 await self.reader.catch_up(stream)
-        if self.history.lost(EVENTS):
-            for message in self.history.published:
-                if message.id is not None and message.id not in self.reader.answered:
-                    answer = await self._query("command", id=message.id)
-                    if answer is not None:
-                        self.history.ledger[message.id] = str(answer.get("state"))
 
     async def compare_lists(self) -> None:
         """Ask for the list until it agrees with the events, or patience ends; the last answer is kept."""
@@ -173,17 +167,24 @@ class Run:
         self.history.left += self.world.leftovers()
         await self._look()
         self.history.faults += await self.world.end_nodes()
-        self.history.left += self.world.processes()
+        self.history.left += self.world.ended()
 
 
 async def run(
-    seed: int, seconds: float, *, faults: Sequence[str] | None, private: bool, say: Say, keep: bool = False
+    seed: int,
+    seconds: float,
+    *,
+    faults: Sequence[str] | None,
+    private: bool,
+    say: Say,
+    servers: int = 1,
+    keep: bool = False,
 ) -> tuple[History, list[Violation]]:
-    actions = plan(seed, seconds, faults)
+    actions = plan(seed, seconds, faults, cluster=servers > 1)
     for action in actions:
         say(str(action))
     history = History(node=NODE)
-    async with open_world(private=private, keep=keep) as world:
+    async with open_world(private=private, servers=servers, keep=keep) as world:
         say(f"in {world.folder}")
         try:
             await _act(world, history, actions, say)
@@ -197,8 +198,8 @@ async def run(
 
 
 async def _act(world: World, history: History, actions: Sequence[Action], say: Say) -> None:
-    async with Reader(world.server.url, history) as reader:
-        nc = await connect(world.server.url)
+    async with Reader(world.url, history) as reader:
+        nc = await connect(world.url)
         watching: asyncio.Task[None] | None = None
         try:
             one = Run(world, history, reader, nc, say)

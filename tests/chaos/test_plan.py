@@ -5,10 +5,11 @@ import socket
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from itertools import pairwise
 
 import pytest
 
-from .faults import FAULTS
+from .faults import ALONE, FAULTS, LEADER_FAULTS, LEADER_GAP_S, STREAMS
 from .injector import Injector
 from .link import Link
 from .plan import plan
@@ -41,7 +42,17 @@ def test_every_kind_of_command_and_fault_comes_up() -> None:
     assert seen["tag_image"]
 
 
-@pytest.mark.parametrize("fault", sorted({*FAULTS, "copy"}))
+def test_in_a_cluster_a_leader_goes_every_few_seconds() -> None:
+    actions = plan(7, 90, cluster=True)
+    leaders = [action for action in actions if action.kind in LEADER_FAULTS]
+    assert {action.kind for action in leaders} == set(LEADER_FAULTS)
+    assert {action.args["stream"] for action in leaders} == set(STREAMS)
+    assert max(later.at_s - at.at_s for at, later in pairwise(leaders)) <= LEADER_GAP_S[1]
+    assert not ALONE & {action.kind for action in actions}
+    assert set(LEADER_FAULTS).isdisjoint(action.kind for action in plan(7, 90))
+
+
+@pytest.mark.parametrize("fault", sorted({*FAULTS, *LEADER_FAULTS, "copy"}))
 def test_every_fault_can_be_done(fault: str) -> None:
     assert callable(getattr(Injector, f"do_{fault}"))
 

@@ -12,12 +12,15 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 from .link import Link
-from .processes import Server, Worker, alive, cmdline, environ
+from .processes import Server, Worker, alive, cluster, cmdline, environ
 
 NODE = "n1"
 DISK_BYTES = 192 * 1024 * 1024
 END_S = 30.0
 CONFIG = """
+[nats]
+replicas = {replicas}
+
 [policy]
 register_roots = ["{images}"]
 write = ["{witness}"]
@@ -27,31 +30,45 @@ write = ["{witness}"]
 class World:
     """Made by `open_world`. `private`: this process has mounts of its own, so a small disk can be mounted."""
 
-    def __init__(self, folder: Path, link: Link, server: Server, *, private: bool) -> None:
+    def __init__(self, folder: Path, link: Link, servers: list[Server], *, private: bool) -> None:
         self.folder = folder
         self.link = link
-        self.server = server
+        self.servers = servers
         self.private = private
         self.disk = folder / "disk"
         self.witness = folder / "witness"
         self.image = folder / "images" / "chaos"
-        for made in (self.disk, self.witness, self.image):
+        self.tmp = folder / "tmp"
+        for made in (self.disk, self.witness, self.image, self.tmp):
             made.mkdir(parents=True, exist_ok=True)
         (self.image / "readme").write_text("for the chaos test\n")
         if private:
             _mount(self.disk)
-        self.worker = Worker(NODE, folder / "node", self.config, link.url, self.disk / "data")
+        self.worker = Worker(NODE, folder / "node", self.config, link.url, self.disk / "data", self.tmp)
         self.server_lock = asyncio.Lock()
         self.worker_lock = asyncio.Lock()
         self.others: list[Worker] = []
 
     @property
+    def url(self) -> str:
+        """The servers' own addresses, past the link."""
+        return ",".join(server.url for server in self.servers)
+
+    @property
+    def is_cluster(self) -> bool:
+        return len(self.servers) > 1
+
+    @property
     def config(self) -> str:
-        return CONFIG.replace("{images}", str(self.image.parent)).replace("{witness}", str(self.witness))
+        words = {"images": self.image.parent, "witness": self.witness, "replicas": len(self.servers)}
+        config = CONFIG
+        for name, value in words.items():
+            config = config.replace(f"{{{name}}}", str(value))
+        return config
 
     def another(self, name: str, data: Path) -> Worker:
-        """A second worker under the same name, straight to the server."""
-        made = Worker(NODE, self.folder / name, self.config, self.server.url, data)
+        """A second worker under the same name, straight to the servers."""
+        made = Worker(NODE, self.folder / name, self.config, self.url, data, self.tmp)
         self.others.append(made)
         return made
 
@@ -64,19 +81,21 @@ class World:
             folder = self.worker.data / place
             entries = [e.name for e in folder.iterdir()] if folder.is_dir() else []
             found += [f"{place}/{name}" for name in entries if name != "sent.log"]
-        found += [f"mount {line}" for line in _mounts_below(self.worker.data)]
         launcher = self.worker.launcher_pid()
+        watched = ["self", *(str(p.pid) for p in [self.worker.process] if p is not None)]
+        watched += [str(launcher)] if launcher is not None else []
+        found += [f"mount {line}" for pid in watched for line in _mounts_below(self.worker.data, pid)]
         if launcher is not None:
             found += [f"port {port}" for port in _listening(launcher)]
         return found
 
-    def processes(self) -> list[str]:
-        """Everything that is still alive of this run, in words."""
-        server = self.server.process
-        ours = {os.getpid(), server.pid if server is not None else 0}
-        return [
+    def ended(self) -> list[str]:
+        """Everything of this run that workers and launchers left although they have ended, in words."""
+        ours = {os.getpid(), *(s.process.pid for s in self.servers if s.process is not None)}
+        found = [
             f"process {pid}: {cmdline(pid)}" for pid in self._processes() if pid not in ours and alive(pid)
         ]
+        return found + [f"directory {entry}" for entry in self.tmp.iterdir()]
 
     def _processes(self) -> list[int]:
         """All that name this run's folder in their arguments or environment."""
@@ -114,13 +133,14 @@ class World:
 
 
 @contextlib.asynccontextmanager
-async def open_world(*, private: bool, keep: bool = False) -> AsyncIterator[World]:
+async def open_world(*, private: bool, servers: int = 1, keep: bool = False) -> AsyncIterator[World]:
     folder = Path(tempfile.mkdtemp(prefix="sandfleet-chaos-"))
-    server = Server(folder / "nats")
+    made = cluster(folder, servers)
     try:
-        await asyncio.to_thread(server.start)
-        async with Link(server.port) as link:
-            world = World(folder, link, server, private=private)
+        for server in made:
+            await asyncio.to_thread(server.start)
+        async with Link(*(server.port for server in made)) as link:
+            world = World(folder, link, made, private=private)
             try:
                 yield world
             finally:
@@ -129,7 +149,7 @@ async def open_world(*, private: bool, keep: bool = False) -> AsyncIterator[Worl
                     if worker.process is not None:
                         await asyncio.to_thread(worker.process.wait, 10)
     finally:
-        if server.process is not None:
+        for server in made:
             await asyncio.to_thread(server.kill)
         if private and os.path.ismount(folder / "disk"):
             subprocess.run(["umount", "-l", str(folder / "disk")], check=True)
@@ -154,8 +174,11 @@ async def _gone(pid: int) -> bool:
     return True
 
 
-def _mounts_below(folder: Path) -> list[str]:
-    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+def _mounts_below(folder: Path, pid: str) -> list[str]:
+    """Of what a process sees; of one that has just ended nothing."""
+    lines: list[str] = []
+    with contextlib.suppress(OSError):
+        lines = Path(f"/proc/{pid}/mountinfo").read_text().splitlines()
     return [line for line in lines if line.split()[4].startswith(f"{folder}/")]
 
 

@@ -4,11 +4,11 @@
 
 PROGRAM is the compiled attack program. It is run in containers of every setting by a real launcher (WHAT is `attacks`),
 in plans with a single layer of the sandbox, under bubblewrap where there is one, and in the end free, as the control;
-or its trees of processes are (`trees`). This process stands for the worker: same user, same launcher, same folders.
+or its trees of processes are (`trees`), or the hardest of its fork bombs, while the node is asked for more (`storms`).
+This process stands for the worker: same user, same launcher, same folders.
 """
 
 import asyncio
-import contextlib
 import ctypes
 import fcntl
 import json
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import termios
 import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,6 @@ from schemas.status import Network
 from tests.integration.attack_machine import SIGN_FILE
 from tests.integration.attack_outside import DATA, OF_GROUP, OUTSIDE, PROGRAM, READABLE, TMP, TOP, Outside
 from tests.integration.launcher_help import Hearing, Home, alive, until
-from worker.errors import Unavailable
 from worker.launcher.protocol import encode_frame
 from worker.platform.base import NetworkPolicy, PathRule, SandboxPolicy
 from worker.platform.linux.driver import LinuxDriver
@@ -43,6 +43,8 @@ LAYERS = {
 }
 TREES = ("bomb", "run_away", "orphans", "deaf", "stopped", "beside", "reaper", "traced", "headless")
 PATIENCE_S = 60.0
+
+Meanwhile = Callable[[], Awaitable[float]]
 
 _KEYCTL, _ADD_KEY = {"x86_64": (250, 248), "aarch64": (219, 217)}[os.uname().machine]
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -230,7 +232,7 @@ class Node:
 
     # -- trees
 
-    async def tree(self, isolation: str, kind: str) -> None:
+    async def tree(self, isolation: str, kind: str, meanwhile: Meanwhile | None = None) -> None:
         """A tree that is hard to end, and what is left of it when it was stopped."""
         self._count += 1
         cid = f"tree-{self._count}"
@@ -241,13 +243,41 @@ class Node:
         inside = os.readlink(f"/proc/{program}/ns/pid")
         await until(lambda: b"up" in self.home.output(cid))
         most = len(_processes() - before)
+        answered = None if meanwhile is None else await meanwhile()
         begun = time.monotonic()
         ended = await self.launcher.stop(cid, "I", 1, signal.SIGTERM, 0.1)
         took = time.monotonic() - begun
         left = [_name(pid) for pid in _processes() - before if _belongs(pid, inside)]
         await self.launcher.forget(cid, "I")
         same = Path("/proc/self/mountinfo").read_text() == mounts
-        tell(tree=kind, isolation=isolation, most=most, seconds=took, left=left, mounts=same, lost=ended.lost)
+        tell(
+            tree=kind,
+            isolation=isolation,
+            most=most,
+            seconds=took,
+            left=left,
+            mounts=same,
+            lost=ended.lost,
+            answered=answered,
+            others=alive(self.neighbour) and alive(self.launcher.pid),
+        )
+
+    async def answers(self) -> float:
+        """Ask for all that a node does: containers, a new one, a program in an old one. Gives the seconds it took."""
+        begun = time.monotonic()
+        cids = [known.cid for known in await self.launcher.containers()]
+        assert "neighbour-0" in cids, cids
+        asked = ExecRequest(program="/bin/echo", argv=["echo", "here"], env={}, cwd="/", timeout_s=PATIENCE_S)
+        assert (await self.launcher.exec("neighbour-0", asked)).stdout == b"here\n"
+        self._count += 1
+        cid = f"answer-{self._count}"
+        self.place(cid)
+        plan = self.driver.plan(self.policy(cid, "process", "none"))
+        await self.launcher.start(self.home.shell(cid, "echo new", plan=plan))
+        await until(lambda: any(e.cid == cid for e in self.heard.exits), PATIENCE_S)
+        assert self.home.output(cid) == b"new\n"
+        await self.launcher.forget(cid, "I")
+        return time.monotonic() - begun
 
 
 def _processes() -> set[int]:
@@ -307,6 +337,12 @@ async def trees(node: Node) -> None:
             await node.tree(isolation, kind)
 
 
+async def storms(node: Node) -> None:
+    for isolation in ISOLATIONS:
+        if isolation in node.driver.capabilities().isolation:
+            await node.tree(isolation, "storm", node.answers)
+
+
 async def main(program: str, what: str) -> None:
     assert Path(SIGN_FILE).read_text(), "only in a machine of its own"
     for folder in (OUTSIDE, READABLE, DATA, TMP, DATA / "secrets", DATA / "containers"):
@@ -326,16 +362,15 @@ async def main(program: str, what: str) -> None:
             secret=outside.token,
             shown={"read_key": home.key_path.read_text(), "see_file": f"size {outside.size}"},
         )
-        await (attacks(node) if what == "attacks" else trees(node))
+        await {"attacks": attacks, "trees": trees, "storms": storms}[what](node)
     finally:
         node.outside.close()
         await end(launcher)
 
 
 async def end(launcher: Launcher) -> None:
-    """End a launcher and all that it runs. Its answer is lost when an acknowledgement of ours meets its end."""
-    with contextlib.suppress(Unavailable):
-        await launcher.shutdown(kill=True)
+    """End a launcher and all that it runs."""
+    await launcher.shutdown(kill=True)
     await until(lambda: not alive(launcher.pid))
     await launcher.close()
 

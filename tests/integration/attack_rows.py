@@ -31,7 +31,8 @@ SECTIONS = {
 
 _NOTHING: Mapping[str, str] = {}
 _PLACES = "landlock namespaces"
-_TRACING = "landlock privileges* namespaces seccomp"
+_SIGNALS = "fence landlock namespaces"
+_TRACING = "fence landlock privileges* namespaces seccomp"
 _METADATA = {"process": "file_metadata"}
 _PROCESSES = {"process user": "processes"}
 _LOOPBACK = {
@@ -70,11 +71,11 @@ _FILES = [
         "list_folder": "list a folder",
     }),
     *_alike("files", _PLACES, "secret", {"read_others_temporary": "read a temporary file"}, needs="host"),
-    *_alike("files", "landlock privileges namespaces", "secret", {
+    *_alike("files", "fence landlock privileges namespaces", "secret", {
         "read_init_root": "by the root of number 1",
         "read_launcher_root": "by the launcher's root",
     }, needs="root"),
-    *_alike("files", "landlock privileges* namespaces", "secret", {
+    *_alike("files", "fence landlock privileges* namespaces", "secret", {
         "read_worker_folder": "by the worker's working directory",
     }),
     *_alike("files", "landlock privileges seccomp", "secret", {
@@ -110,6 +111,8 @@ _FILES = [
         "read_secret": "read a secret's file",
         "read_neighbours_file": "read a file of another container",
         "read_neighbours_log": "read another container's log",
+    }),
+    *_alike("node", "fence+ landlock privileges* namespaces", "secret", {
         "read_neighbours_environment": "read another container's environment",
     }),
     *_alike("node", _PLACES, "effect", {
@@ -163,7 +166,7 @@ _SYSTEM = [
         "run_as_interpreter": "run one as an interpreter",
     }),
     *_alike("programs", _PLACES, "secret", {"run_from_memory": "run one from memory, free of the sandbox"}),
-    *_alike("programs", "landlock privileges namespaces seccomp", "euid 0", {
+    *_alike("programs", "fence landlock privileges namespaces seccomp", "euid 0", {
         "run_set_user_id": "run a set-user-ID program",
     }, needs="user host"),
     *_alike("programs", "privileges", "capable", {"gain_by_exec": "gain capabilities by exec"}, needs="root"),
@@ -189,8 +192,10 @@ _SYSTEM = [
 _PROCESS = [
     *_alike("processes", _PLACES, "call", {"see_processes": "see it in `/proc`"}),
     *_alike("processes", _PLACES, "secret", {"read_arguments": "read its arguments"}),
-    *_alike("processes", "landlock privileges* namespaces", "secret", {"read_environment": "read its environment"}),
-    *_alike("processes", _PLACES, "effect", {
+    *_alike("processes", "fence+ landlock privileges* namespaces", "secret", {
+        "read_environment": "read its environment",
+    }),
+    *_alike("processes", _SIGNALS, "effect", {
         "signal_by_kill": "signal it: `kill`",
         "signal_a_thread": "`tgkill`",
         "signal_by_queue": "`rt_sigqueueinfo`",
@@ -199,12 +204,12 @@ _PROCESS = [
         "signal_everybody": "everybody",
         "signal_as_owner": "as the owner of a socket (`F_SETOWN`)",
     }),
-    *_alike("processes", _PLACES, "call", {
+    *_alike("processes", _SIGNALS, "call", {
         "signal_launcher": "signal the launcher",
         "signal_worker": "the worker",
         "signal_neighbour": "another container",
-        "signal_parent": "its shim",
     }),
+    *_alike("processes", _PLACES, "call", {"signal_parent": "signal its shim"}),
     *_alike("processes", "namespaces seccomp", "effect", {"set_limits": "set its limits"}),
     *_alike("processes", "privileges* namespaces seccomp", "effect", {
         "slow_down_everybody": "lower the priority of all of the user's",
@@ -221,11 +226,11 @@ _PROCESS = [
         "set_disk_priority_of_user": "lower the disk priority of all of the user's",
     }, open=_PROCESSES, needs="host"),
     *_alike("processes", _PLACES, "effect", {"offer_to_oom": "have it killed first when memory runs out"}),
-    *_alike("memory", "landlock privileges* namespaces", "secret", {
+    *_alike("memory", "fence landlock privileges* namespaces", "secret", {
         "read_memory_file": "read its memory by `/proc`",
         "read_descriptor_file": "open a descriptor of it by `/proc`",
     }),
-    *_alike("memory", "landlock privileges namespaces", "call", {
+    *_alike("memory", "fence landlock privileges namespaces", "call", {
         "read_launcher_memory": "the launcher's memory by `/proc`",
     }, needs="root"),
     *_alike("memory", _TRACING, "secret", {
@@ -235,11 +240,13 @@ _PROCESS = [
     }),
     *_alike("memory", _TRACING, "effect", {"write_memory": "`process_vm_writev`"}),
     *_alike("memory", _TRACING, "call", {"compare_descriptors": "`kcmp`"}),
-    *_alike("memory", "landlock privileges* namespaces", "call", {
+    *_alike("memory", "fence landlock privileges* namespaces", "call", {
         "find_pages": "`move_pages`",
         "read_robust_list": "`get_robust_list`",
     }),
-    *_alike("memory", "landlock+ privileges* namespaces seccomp", "call", {"measure_victim": "`perf_event_open`"}),
+    *_alike("memory", "fence+ landlock+ privileges* namespaces seccomp", "call", {
+        "measure_victim": "`perf_event_open`",
+    }),
     *_alike("memory", "privileges namespaces seccomp", "call", {"page_out": "`process_madvise`"}, needs="root"),
     *_alike("memory", "seccomp", "call", {"trace_a_child": "trace a child of its own"}),
 ]  # fmt: skip
@@ -286,6 +293,12 @@ _OBJECTS = [
         "tcp_while_sending_many": "the same by `sendmmsg`",
     }, open=_LOOPBACK),
     *_alike("network", "namespaces seccomp", "effect", {"mptcp": "by MPTCP"}, open=_FULL),
+    *_alike("network", "namespaces seccomp", "effect", {
+        "smc": "by SMC, a protocol that opens TCP connections of its own",
+        "smc_over_tcp": "by a TCP socket that was turned into one (`TCP_ULP`)",
+    }, open=_FULL, needs="kernel"),
+    *_alike("network", "namespaces seccomp", "effect", {"smc_by_family": "by a socket of SMC's family"},
+            needs="kernel"),
     *_alike("network", "namespaces seccomp", "effect", {"udp": "send by UDP", "udp_by_ipv6": "by an IPv6 address"},
             open=_UDP),
     *_alike("network", "landlock namespaces seccomp", "call", {"serve": "serve a port that was not given"}, open=_FULL),
@@ -334,15 +347,17 @@ _KERNEL = [
         "change_root": "`chroot`, and out of it",
         "swap_root": "`pivot_root`",
     }, needs="root"),
-    *_alike("namespaces", "landlock privileges seccomp", "call", {
+    *_alike("namespaces", "fence landlock privileges seccomp", "call", {
         "mount_new": "`mount` a new file system",
         "mount_same": "bind the root elsewhere",
         "mount_processes": "mount `/proc` anew",
         "remount_writable": "make a read-only mount writable",
         "unmount": "take a mount away",
     }, needs="root"),
-    *_alike("namespaces", "landlock seccomp", "call", {"mount_in_user_namespace": "mount in a new user namespace"}),
-    *_alike("namespaces", "landlock privileges namespaces seccomp", "secret", {
+    *_alike("namespaces", "fence landlock seccomp", "call", {
+        "mount_in_user_namespace": "mount in a new user namespace",
+    }),
+    *_alike("namespaces", "fence landlock privileges namespaces seccomp", "secret", {
         "join_namespace": "join another's mount namespace",
         "join_namespace_by_descriptor": "by a pidfd",
     }, needs="root"),

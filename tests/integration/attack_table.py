@@ -3,6 +3,7 @@
 `stops` are the layers of the sandbox that stop it, each by itself, measured with plans of that one layer:
 
 launcher     what is there under every plan: nothing is handed down, and it obeys no container
+fence        the same, of isolation `process`: the launcher has shut a container's processes in, see `System.fence`
 privileges   limits, no groups, no capabilities, no new privileges
 landlock     files, TCP ports, signals and abstract sockets; of isolation `process`
 namespaces   a root, processes, IPC, network, host name and control groups of its own; of isolation `rootfs`
@@ -78,9 +79,9 @@ def opening(row: Row, isolation: str, level: str, *, root: bool) -> str | None:
 def stopping(row: Row, isolation: str, *, root: bool) -> set[str]:
     """The layers that stop it there, each by itself."""
     words = row.stops.split()
-    if "launcher" in words:
-        return set(LAYERS[isolation])
     named = {word.rstrip("*+") for word in words if not word.endswith("+" if root else "*")}
+    if "launcher" in named or ("fence" in named and isolation == "process"):
+        return set(LAYERS[isolation])  # it is always there
     return named & set(LAYERS[isolation])
 
 
@@ -102,10 +103,11 @@ def document() -> str:
 
 def _cell(row: Row, isolation: str) -> str:
     layers = LAYERS[isolation]
-    words = [word for word in row.stops.split() if word.rstrip("*+") in layers]
+    stops = row.stops.replace("fence", "launcher") if isolation == "process" else row.stops
+    words = [word for word in stops.split() if word.rstrip("*+") in layers]
     words.sort(key=lambda word: layers.index(word.rstrip("*+")))
-    stops = ", ".join(_IN_WORDS[word.rstrip("*+")] + _OF.get(word[-1], "") for word in words)
-    return "; ".join([*([stops] if stops else []), *_openings(row, isolation)])
+    layer_names = ", ".join(_IN_WORDS[word.rstrip("*+")] + _OF.get(word[-1], "") for word in words)
+    return "; ".join([*([layer_names] if layer_names else []), *_openings(row, isolation)])
 
 
 def _openings(row: Row, isolation: str) -> Iterator[str]:

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -146,10 +147,15 @@ def make_listening() -> Iterator[Listening]:
 
 
 def free_port(kind: int = socket.SOCK_STREAM) -> int:
-    with socket.socket(socket.AF_INET, kind) as any_socket:
-        any_socket.bind(("127.0.0.1", 0))
-        port: int = any_socket.getsockname()[1]
-        return port
+    """Below those that the kernel picks by itself: until a container has bound it, and each time that it closes it to
+    bind it again, one of these could go to whoever asks for any port.
+    """
+    lowest, _ = Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()
+    while True:
+        port = random.randrange(min(10_000, int(lowest) // 2), int(lowest))
+        with socket.socket(socket.AF_INET, kind) as any_socket, contextlib.suppress(OSError):
+            any_socket.bind(("", port))
+            return port
 
 
 def port_of(sock: socket.socket) -> int:

@@ -165,3 +165,28 @@ def test_no_tree_outlives_a_stop(trees: list[Any], isolation: str) -> None:
         assert tree["most"] >= (30 if tree["tree"] == "bomb" else 0), tree
         assert tree["mounts"], tree
         assert not tree["lost"], tree
+        assert tree["others"], "it has reached somebody else"
+
+
+@pytest.fixture(scope="module", params=USERS)
+def storms(
+    request: pytest.FixtureRequest, program: Path, tmp_path_factory: pytest.TempPathFactory
+) -> list[Any]:
+    skip_unless_possible(request.param)
+    folder = tmp_path_factory.mktemp("machine")
+    return run_machine("attack_node.py", program, folder, request.param, "storms")[1:]
+
+
+@pytest.mark.parametrize("isolation", ISOLATIONS)
+def test_a_storm_of_forks_is_ended_and_the_node_answers_meanwhile(storms: list[Any], isolation: str) -> None:
+    """How fast is measured in `make bench`."""
+    storm = next((one for one in storms if one["isolation"] == isolation), None)
+    if storm is None:
+        pytest.skip(f"there is no isolation {isolation} here")
+    print(f"answered after {storm['answered']:.3f} s, ended after {storm['seconds']:.3f} s")
+    assert storm["most"] >= 100
+    assert storm["answered"] is not None
+    assert storm["left"] == []
+    assert storm["mounts"]
+    assert not storm["lost"]
+    assert storm["others"], "it has reached somebody else"

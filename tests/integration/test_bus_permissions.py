@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -173,9 +174,12 @@ def test_the_example_is_what_the_code_says() -> None:
     assert text.endswith(config_block(node_permissions("mac-1", pools=("build",))))
 
 
-@pytest.mark.parametrize("name", ["server.conf", "cluster.conf"])
+@pytest.mark.parametrize("name", ["server.conf", "cluster.conf", "leaf.conf"])
 def test_the_examples_are_valid(name: str, tmp_path: Path) -> None:
-    environment: dict[str, Any] = {**os.environ, "NATS_NAME": "nats-1", "NATS_STORE": str(tmp_path)}
+    text = (EXAMPLES / name).read_text()
+    asked = {found for found in re.findall(r"\$(NATS_\w+)", text) if not found.endswith("_STORE")}
+    values = {found: "4222" if found.endswith("PORT") else f"nats://{found}:7422" for found in asked}
+    environment: dict[str, Any] = {**os.environ, **values, "NATS_STORE": str(tmp_path)}
     checked = subprocess.run(
         [str(find_binary()), "-t", "-c", str(EXAMPLES / name)],
         env=environment,

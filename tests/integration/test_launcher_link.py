@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,6 +21,7 @@ from tests.integration.launcher_help import (
     read_stream,
     until,
 )
+from worker import supervisor, supervisor_wire
 from worker.errors import Unavailable
 from worker.launcher.protocol import MAX_FRAME, encode_frame
 from worker.supervisor import Launcher
@@ -50,6 +52,38 @@ async def test_what_keeps_it_from_starting_is_told(home: Home) -> None:
     (home.root / "launcher.lock").mkdir()
     with pytest.raises(Unavailable, match="cannot use"):
         await Launcher.attach(home)
+
+
+@pytest.mark.parametrize("at", ["before it listens", "before it answers"])
+async def test_one_that_is_killed_while_it_starts_is_started_again(
+    home: Home, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    spawn = supervisor_wire.spawn_launcher
+    killed: list[int] = []
+
+    async def killing(*args: Any, **options: Any) -> bool:
+        if killed:
+            return await spawn(*args, **options)
+        if at == "before it answers":
+            started = await spawn(*args, **options)
+            pid = launcher_pid(home)
+            assert pid is not None
+            killed.append(pid)
+            os.kill(pid, signal.SIGKILL)
+            await until(lambda: not alive(pid))
+            return started
+        killed.append(0)
+        deadly = home.root / "deadly.py"
+        deadly.write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
+        with monkeypatch.context() as patched:
+            patched.setattr(supervisor_wire, "launcher_program", lambda: (sys.executable, str(deadly)))
+            return await spawn(*args, **options)
+
+    monkeypatch.setattr(supervisor, "spawn_launcher", killing)
+    launcher = await Launcher.attach(home, unsandboxed=True)
+    assert killed
+    assert await launcher.containers() == []
+    await launcher.close()
 
 
 async def test_a_stale_socket_is_replaced(home: Home) -> None:
@@ -246,6 +280,58 @@ async def test_nothing_is_done_before_hello(home: Home, launcher: Launcher) -> N
     assert raw.receive() is None
     raw.close()
     assert await launcher.containers() == []
+
+
+async def _alone(home: Home) -> int:
+    """A launcher that no worker is connected to, who would start another when it ends."""
+    launcher = await Launcher.attach(home, unsandboxed=True)
+    await launcher.close()
+    return launcher.pid
+
+
+async def test_whoever_writes_to_an_ending_launcher_loses_nothing(home: Home) -> None:
+    """An error of writing would make the worker drop what it has not read: the very answer it waits for."""
+    pid = await _alone(home)
+    raw = Raw(home)
+    raw.hello()
+    raw.send(id=2, op="shutdown", kill=True)
+    assert raw.receive() == {"id": 2, "ok": {}}
+    assert raw.receive() is None
+    for _ in range(100):
+        raw.send(op="ack_output", cid="a-0", stream="stdout", offset=0)
+    raw.close()
+    await until(lambda: not alive(pid))
+
+
+async def test_what_waits_to_be_read_goes_before_the_end(home: Home) -> None:
+    pid = await _alone(home)
+    raw = Raw(home)
+    raw.hello()
+    for number in range(3000):
+        raw.send(id=number, op="containers")
+    raw.send(id="end", op="shutdown", kill=True)
+    await until(lambda: not (home.root / "launcher.json").exists())
+    answers = []
+    while (answer := raw.receive()) is not None:
+        answers.append(answer["id"])
+    assert answers == [*range(3000), "end"]
+    raw.close()
+    await until(lambda: not alive(pid))
+
+
+async def test_a_guest_that_stays_keeps_neither_it_nor_the_next(home: Home) -> None:
+    pid = await _alone(home)
+    raw = Raw(home)
+    raw.hello()
+    raw.send(id=2, op="shutdown", kill=True)
+    assert raw.receive() == {"id": 2, "ok": {}}
+    assert raw.receive() is None
+    second = await Launcher.attach(home, unsandboxed=True)
+    assert second.pid != pid
+    assert await second.containers() == []
+    await until(lambda: not alive(pid))
+    await second.close()
+    raw.close()
 
 
 async def test_a_container_is_not_let_in(home: Home, launcher: Launcher, heard: Hearing) -> None:

@@ -77,6 +77,34 @@ async def test_orphans_die_with_the_program(home: Home, launcher: Launcher, hear
             assert not alive(int(Path(name).read_text()))
 
 
+async def test_orphans_of_a_program_that_ends_at_once_die_with_it(
+    home: Home, launcher: Launcher, heard: Hearing
+) -> None:
+    """Often, and several at a time: now and then the program is through before its shim runs again."""
+    script = "(sleep 1000 & ); setsid sleep 1000 & (setsid sleep 1000 & ); exit 3"
+
+    async def run_and_look(cid: str) -> None:
+        await launcher.start(home.shell(cid, script))
+        assert (await heard.exit_of(cid)).exit_code == 3
+
+    for begin in range(0, 160, 4):
+        await asyncio.gather(*(run_and_look(f"c-{begin + n}") for n in range(4)))
+    await until(lambda: not sleeping(launcher), 5.0)
+
+
+def sleeping(launcher: Launcher) -> list[int]:
+    """Programs below the launcher that should be gone."""
+    found = []
+    for pid in descendants(launcher.pid):
+        try:
+            words = Path(f"/proc/{pid}/cmdline").read_bytes()
+        except OSError:
+            continue
+        if words.startswith(b"sleep\0"):
+            found.append(pid)
+    return found
+
+
 async def test_orphans_die_in_a_kill(home: Home, launcher: Launcher, heard: Hearing) -> None:
     code = ORPHAN + "\norphan(sys.argv[1])\ntime.sleep(600)\n"
     name = home.root / "orphan"

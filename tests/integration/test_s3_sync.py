@@ -15,9 +15,10 @@ from tests.integration.s3_help import KEYS, Bucket, Fault, FaultProxy, Request, 
 from worker.volume_s3.client import S3Client
 from worker.volume_s3.failures import NoRoom, S3Failure, Stopped
 from worker.volume_s3.files import MirrorTree
+from worker.volume_s3.outcome import Outcome
 from worker.volume_s3.source import S3Source
 from worker.volume_s3.state import MirrorState
-from worker.volume_s3.sync import MirrorPass, Outcome
+from worker.volume_s3.sync import MirrorPass
 
 pytestmark = needs_moto
 

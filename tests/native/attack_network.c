@@ -12,6 +12,8 @@
 #include <sys/un.h>
 
 #define MPTCP 262
+#define SMC 256
+#define FAMILY_SMC 43
 #define SERVE_MS 400
 
 static struct sockaddr_in loopback(const char *port)
@@ -39,6 +41,28 @@ static int connect_to(const char *port, int protocol, const char *name)
 static int tcp(void) { return connect_to("tcp", 0, "tcp"); }
 static int tcp_nats(void) { return connect_to("nats", 0, "tcp_nats"); }
 static int mptcp(void) { return connect_to("tcp", MPTCP, "mptcp"); }
+
+/* Shared memory beside TCP, which it opens by itself; by its own family, as a protocol, and laid over a TCP socket. */
+static int smc(void) { return connect_to("tcp", SMC, "smc"); }
+
+static int smc_by_family(void)
+{
+    struct sockaddr_in address = loopback("tcp");
+    int fd = socket(FAMILY_SMC, SOCK_STREAM, 0);
+    if (fd < 0 || connect(fd, (struct sockaddr *)&address, sizeof address) < 0)
+        return errno;
+    return say_name(fd, "smc_by_family");
+}
+
+static int smc_over_tcp(void)
+{
+    struct sockaddr_in address = loopback("tcp");
+    int fd = socket(AF_INET, SOCK_STREAM, 0);
+    if (fd < 0 || setsockopt(fd, IPPROTO_TCP, TCP_ULP, "smc", 3) < 0 ||
+        connect(fd, (struct sockaddr *)&address, sizeof address) < 0)
+        return errno;
+    return say_name(fd, "smc_over_tcp");
+}
 
 static int tcp_by_ipv6(void)
 {
@@ -232,6 +256,9 @@ const struct attempt network_attempts[] = {
     {"tcp", tcp, 0},
     {"tcp_nats", tcp_nats, 0},
     {"mptcp", mptcp, 0},
+    {"smc", smc, 0},
+    {"smc_by_family", smc_by_family, 0},
+    {"smc_over_tcp", smc_over_tcp, 0},
     {"tcp_by_ipv6", tcp_by_ipv6, 0},
     {"tcp_while_sending", tcp_while_sending, 0},
     {"tcp_while_sending_many", tcp_while_sending_many, 0},

@@ -1,7 +1,7 @@
 /* Trees of processes that do what they can to outlive their container.
  *
- * Each says "up" once it is what it is to be, and then stays. None makes more than MOST processes, so that a test
- * that fails does no harm.
+ * Each says "up" once it is what it is to be, and then stays. None makes more than MOST processes, and the storm not
+ * more than CROWD at a time, so that a test that fails does no harm.
  */
 #include "attack.h"
 
@@ -12,8 +12,10 @@
 
 #define MOST 300
 #define SOME 40
+#define CROWD 500
 
 static int *made;
+static pid_t *seats;
 
 static void up(void)
 {
@@ -54,6 +56,43 @@ static void bomb(void)
             if (getpid() % 7 == 0)
                 setpgid(0, 0);
         }
+    }
+}
+
+/* A place for one more process, as a limit of processes gives it: one that nobody has, or whose process is reaped. */
+static int take_seat(void)
+{
+    for (int look = 0; look < 16; look++) {
+        int seat = random() % CROWD;
+        pid_t sits = seats[seat];
+        int gone = sits == 0 || (sits > 0 && kill(sits, 0) < 0 && errno == ESRCH);
+        if (gone && __sync_bool_compare_and_swap(&seats[seat], sits, -1))
+            return seat;
+    }
+    return -1;
+}
+
+/* The hardest bomb: all of them fork without a pause, whoever ends is replaced at once, and many end by themselves. */
+static void storm(void)
+{
+    pid_t first = getpid();
+    for (;;) {
+        int seat = take_seat();
+        if (seat >= 0) {
+            pid_t child = fork();
+            if (child != 0) {
+                __sync_bool_compare_and_swap(&seats[seat], -1, child > 0 ? child : 0);
+            } else {
+                seats[seat] = getpid();
+                srandom(getpid());
+                if (random() % 3 == 0)
+                    setsid();
+            }
+            if (child == 0 && __atomic_add_fetch(made, 1, __ATOMIC_SEQ_CST) == CROWD)
+                up();
+        }
+        if (getpid() != first && random() % 64 == 0)
+            _exit(0);
     }
 }
 
@@ -181,9 +220,10 @@ int be_tree(const char *kind)
         void (*be)(void);
     } kinds[] = {
         {"bomb", bomb},     {"run_away", run_away}, {"orphans", orphans}, {"deaf", deaf},         {"stopped", stopped},
-        {"beside", beside}, {"reaper", reaper},     {"traced", traced},   {"headless", headless},
+        {"beside", beside}, {"reaper", reaper},     {"traced", traced},   {"headless", headless}, {"storm", storm},
     };
-    made = mmap(NULL, sizeof *made, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    made = mmap(NULL, (CROWD + 1) * sizeof *made, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    seats = made + 1;
     for (size_t i = 0; i < sizeof kinds / sizeof *kinds; i++)
         if (!strcmp(kind, kinds[i].name))
             kinds[i].be();

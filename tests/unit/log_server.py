@@ -73,6 +73,7 @@ def judge(messages: list[Stored], writer: CaptureWriter, *, ordered: bool = True
             ends.append(run)
     missing = [at for at in range(writer.end) if not seen[at] and not lost[at]] if 0 in seen else []
     assert not missing, f"{len(missing)} bytes are missing, from {missing[0]} on"
+    assert not any(map(bool.__and__, map(bool, seen), map(bool, lost))), "bytes are there and called lost"
     assert len(ends) == len(set(ends)), "an end of a run twice"
     assert not ordered or ends == sorted(ends)
     assert {run for at, run in writer.ends if at > writer.deleted_to} <= set(ends)

@@ -49,6 +49,7 @@ pools = ["build", "render"]
 slots = 12
 isolation = "rootfs"
 stats_interval_s = 5
+on_shutdown = "stop"
 
 [secrets]
 dir = "secrets"
@@ -170,6 +171,7 @@ def test_the_whole_file(load: Load, file: Path) -> None:
         slots=12,
         isolation="rootfs",
         stats_interval_s=5.0,
+        on_shutdown="stop",
     )
     assert config.secrets == SecretsConfig(dir=f"{here}/secrets")
     assert config.images == ImagesConfig(
@@ -256,6 +258,7 @@ def test_file_below_environment_below_flags(load: Load) -> None:
         ("SANDFLEET_NODE_SLOTS", "4", "node.slots", 4),
         ("SANDFLEET_NODE_STATS_INTERVAL_S", "2.5", "node.stats_interval_s", 2.5),
         ("SANDFLEET_NODE_STATS_INTERVAL_S", "1m", "node.stats_interval_s", 60.0),
+        ("SANDFLEET_NODE_ON_SHUTDOWN", "stop", "node.on_shutdown", "stop"),
         ("SANDFLEET_NODE_LABELS", "zone=a, rack=7=8", "node.labels", {"zone": "a", "rack": "7=8"}),
         ("SANDFLEET_NODE_LABELS", '{"zone": "a,b"}', "node.labels", {"zone": "a,b"}),
         ("SANDFLEET_NODE_POOLS", "a, b,", "node.pools", ("a", "b")),
@@ -363,6 +366,7 @@ def test_an_unknown_key(load: Load, file: Path, text: str, key: str, hint: str) 
         ("[node]\nisolation = 'vm'", "node.isolation", "'vm' is none of process, rootfs"),
         ("[node]\nstats_interval_s = nan", "node.stats_interval_s", "must be from 0.1"),
         ("[node]\nstats_interval_s = -1", "node.stats_interval_s", "must be from 0.1"),
+        ("[node]\non_shutdown = 'leave'", "node.on_shutdown", "'leave' is none of keep, stop"),
         ("[node]\nstats_interval_s = 'soon'", "node.stats_interval_s", "is no duration"),
         ("[node]\nstats_interval_s = 1979-05-27", "node.stats_interval_s", "expected float"),
         ("[policy]\nbind_sources = ['data']", "policy.bind_sources", "entry 1 is no absolute path"),

@@ -85,7 +85,7 @@ class Node:
             program.chmod(0o700)
             log = UnifiedLog(str(program))
         self.queries = Queries(
-            self.services, SimpleNamespace(known=self._known), info=lambda state: None, log=log  # type: ignore[arg-type, return-value]
+            self.services, SimpleNamespace(known=self._known), info=lambda state: None, delivery=None, log=log  # type: ignore[arg-type, return-value]
         )  # fmt: skip
 
     def _members(self, shim: int) -> tuple[int, ...]:
@@ -167,5 +167,7 @@ async def test_failures(tmp_path: Path) -> None:
 
 
 async def test_linux_has_no_record(tmp_path: Path) -> None:
+    node = Node(tmp_path, None)
+    node.services.driver.name = "linux"
     with pytest.raises(Unsupported, match="audit log"):
-        await Node(tmp_path, None).ask()
+        await node.ask()

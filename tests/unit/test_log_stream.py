@@ -363,6 +363,21 @@ def play(folder: Path, operations: list[tuple[str, int]], *, in_order: bool) -> 
     return world
 
 
+def test_what_is_stored_is_not_called_lost_when_its_file_is_gone(tmp_path: Path) -> None:
+    """Killed before the answer was known, and the file was deleted meanwhile for its size."""
+    steps = ("write", "look", "store", "rotate", "write", "look", "store", "rotate", "delete", "kill")
+    world = play(tmp_path, [(step, 10) for step in steps], in_order=True)
+    assert [message.headers.get(LOST) for message in world.server.of(INSTANCE)] == [None, None]
+    judge(world.server.of(INSTANCE), world.writer)
+
+
+def test_what_was_never_stored_is_called_lost_when_its_file_is_gone(tmp_path: Path) -> None:
+    steps = ("write", "look", "rotate", "write", "rotate", "delete", "kill")
+    world = play(tmp_path, [(step, 10) for step in steps], in_order=True)
+    assert [message.headers.get(LOST) for message in world.server.of(INSTANCE)] == ["10", None]
+    judge(world.server.of(INSTANCE), world.writer)
+
+
 @given(st.lists(st.one_of(LAUNCHER, WORKER, WORKER), max_size=80))
 @settings(max_examples=400, deadline=None)
 def test_a_kill_at_any_point_whatever_was_stored_in_whatever_order(

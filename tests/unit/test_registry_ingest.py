@@ -4,7 +4,7 @@ import os
 import stat
 from pathlib import Path
 
-from worker.images.registry.download import KEPT_S, Ingest
+from worker.images.ingest import KEPT_S, Ingest
 
 DIGEST = "sha256:" + "a" * 64
 

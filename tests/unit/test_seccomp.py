@@ -1,12 +1,15 @@
 """The filter's program, run by an interpreter of classic BPF as the kernel would, on both architectures."""
 
 import errno
+import re
 import struct
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from worker.platform.linux import seccomp
-from worker.platform.linux.seccomp import AUDIT_ARCH, Check, Options, Rule
+from worker.platform.linux.seccomp import AUDIT_ARCH, Options, Rule
 from worker.platform.linux.syscall_table import FIRST_UNKNOWN, NUMBERS
 
 ALLOW = 0
@@ -135,6 +138,15 @@ CASES: list[tuple[Options, str, tuple[int, ...], int]] = [
     (TCP, "socket", (AF_NETLINK, RAW, 0), ALLOW),
     (TCP, "socket", (AF_NETLINK, RAW, 4), errno.EACCES),  # SOCK_DIAG
     (TCP, "socket", (43, STREAM, 0), errno.EACCES),  # AF_SMC
+    (TCP, "setsockopt", (3, 6, 31), errno.ENOENT),  # TCP_ULP
+    (TCP, "setsockopt", (3, HIGH | 6, HIGH | 31), errno.ENOENT),
+    (TCP, "setsockopt", (3, 6, 1), ALLOW),
+    (TCP, "setsockopt", (3, 1, 31), ALLOW),
+    (UDP, "setsockopt", (3, 6, 31), errno.ENOENT),
+    (ANY, "setsockopt", (3, 6, 31), ALLOW),
+    (UDP, "socket", (43, STREAM, 0), errno.EACCES),  # AF_SMC
+    (UDP, "socket", (AF_INET6, STREAM, 256), errno.EACCES),  # SMC
+    (ANY, "socket", (43, STREAM, 0), errno.EACCES),  # AF_SMC
     (UDP, "socket", (AF_INET, DGRAM | NONBLOCK, 17), ALLOW),
     (UDP, "socket", (AF_INET6, DGRAM, 0), ALLOW),
     (UDP, "socket", (AF_INET, DGRAM, 1), errno.EACCES),  # ICMP
@@ -220,13 +232,100 @@ def test_the_program_says_what_the_rules_say(options: Options, arch: str) -> Non
 
 
 def plain(rules: tuple[Rule, ...], call: str, arguments: tuple[int, ...]) -> int:
-    def holds(check: Check) -> bool:
-        return ((arguments[check.argument] & check.mask & 0xFFFFFFFF) == check.value) is check.equal
-
     for rule in rules:
-        if call in rule.calls.split() and all(holds(check) for check in rule.when):
+        if call in rule.calls.split() and holds(rule, arguments):
             return rule.verdict
     return ALLOW
+
+
+def holds(rule: Rule, arguments: tuple[int, ...]) -> bool:
+    return all(((arguments[c.argument] & c.mask & 0xFFFFFFFF) == c.value) is c.equal for c in rule.when)
+
+
+def examples(rule: Rule) -> Iterator[tuple[tuple[int, ...], bool]]:
+    """Arguments for which the rule holds, without and with bits that the kernel cuts off, and such that break one check
+    each.
+    """
+    fitting = [0] * 6
+    # Of two checks of one argument, equality decides.
+    for check in sorted(rule.when, key=lambda check: check.equal):
+        bit = check.mask & -check.mask
+        value = check.value if check.equal else (check.value ^ bit) & 0xFFFFFFFF
+        kept = fitting[check.argument] & ~check.mask if check.equal else fitting[check.argument]
+        fitting[check.argument] = kept | value
+    yield tuple(fitting), True
+    yield tuple(HIGH | value for value in fitting), True
+    if not rule.when:
+        yield (0x00040000,) * 6, True  # past whatever is allowed before
+    for check in rule.when:
+        broken = list(fitting)
+        if check.equal:
+            broken[check.argument] ^= check.mask & -check.mask
+        else:
+            broken[check.argument] = broken[check.argument] & ~check.mask | check.value
+        yield tuple(broken), False
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+@pytest.mark.parametrize("options", [NONE, TCP, UDP, ANY, UNIX, GATE, PORTS, NONE._replace(truncate=False)])
+def test_each_rule_decides_where_it_holds_and_only_there(options: Options, arch: str) -> None:
+    """Every rule gets arguments for which it holds, and those that miss it by one check."""
+    program = seccomp.assemble(options, arch)
+    rules = seccomp.rules(options)
+    decided = set()
+    for rule in rules:
+        for call in rule.calls.split():
+            number = NUMBERS[call][ARCHES.index(arch)]
+            if number is None:
+                decided.add(rule)  # where every call of it is missing, it has nothing to decide
+                continue
+            for arguments, fits in examples(rule):
+                assert holds(rule, arguments) is fits, (call, rule.reason, arguments)
+                expected = plain(rules, call, arguments)
+                assert run(program, AUDIT_ARCH[arch], number, *arguments) == expected, (call, arguments)
+                if fits and expected == rule.verdict:
+                    decided.add(rule)
+    assert {rule.reason for rule in rules if rule not in decided} == set()
+
+
+# The kernel's own lists, as the C library's headers bring them (package linux-libc-dev). That of aarch64 is the
+# generic one, with the calls that its <asm/unistd.h> asks for (arch/arm64/include/uapi/asm/unistd.h).
+HEADERS = {
+    "x86_64": ("/usr/include/x86_64-linux-gnu/asm/unistd_64.h", "/usr/include/asm/unistd_64.h"),
+    "aarch64": ("/usr/include/asm-generic/unistd.h",),
+}
+# From this number on a call has the same one on every architecture (Documentation/process/adding-syscalls.rst).
+FIRST_COMMON = 424
+
+
+def listed(arch: str) -> dict[str, int]:
+    """Names and numbers of a header; skips where it is not installed."""
+    path = next((path for path in map(Path, HEADERS[arch]) if path.exists()), None)
+    if path is None:
+        pytest.skip(f"needs {HEADERS[arch][0]} (linux-libc-dev)")
+    found = re.findall(r"^#define __NR(?:3264)?_(\w+)\s+(\d+)\b", path.read_text(), re.MULTILINE)
+    # Where the generic list says 3264, a machine of 64 bits has the plain name.
+    return {{"fadvise64_64": "fadvise64"}.get(name, name): int(number) for name, number in found}
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+def test_the_numbers_are_those_of_the_kernels_headers(arch: str) -> None:
+    header = listed(arch)
+    newest = max(number for name, number in header.items() if name != "syscalls")
+    ours = {name: numbers[ARCHES.index(arch)] for name, numbers in NUMBERS.items()}
+    assert len(set(ours.values()) - {None}) == sum(number is not None for number in ours.values())
+    wrong = {
+        name: (number, header.get(name))
+        for name, number in ours.items()
+        if number != header.get(name) and (number is None or number <= newest)
+    }
+    assert not wrong
+
+
+def test_calls_of_every_architecture_have_one_number() -> None:
+    for name, (x86, arm) in NUMBERS.items():
+        if max(x86 or 0, arm or 0) >= FIRST_COMMON:
+            assert x86 == arm, name
 
 
 @pytest.mark.parametrize("arch", ARCHES)
@@ -235,6 +334,7 @@ def test_other_entries_and_newer_calls_do_not_exist(arch: str) -> None:
     other = AUDIT_ARCH[ARCHES[1 - ARCHES.index(arch)]]
     assert run(program, other, 1) == errno.ENOSYS
     assert run(program, 0x40000003, 1) == errno.ENOSYS  # i386
+    assert run(program, 0x40000028, 1) == errno.ENOSYS  # 32-bit ARM
     assert run(program, AUDIT_ARCH[arch], 0x40000000 | 1) == errno.ENOSYS  # x32
     assert run(program, AUDIT_ARCH[arch], FIRST_UNKNOWN) == errno.ENOSYS
     assert run(program, AUDIT_ARCH[arch], -1) == errno.ENOSYS

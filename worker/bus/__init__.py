@@ -4,6 +4,7 @@ connection   Bus: connect, publish, request, subscribe, queue (bounded), listen,
 jetstream    JetStream: api, stream_info, last_message, publish; StreamNames
 reader       StreamReader (ordered, own cursor, follows or ends), BucketWatcher, read_bucket (KV)
 streams      setup_streams, check_streams, wait_for_streams
+sites        collect, forward_commands (leaf nodes)   confined     ask: as a user who may not ask everything
 consumer     CommandConsumer, Delivery           outbox       OutboxPublisher; recovery: decide(), pure
 chunks       ChunkPublisher, StoredChunk         rpc          serve_queries, query
 presence     Presence                            permissions  the contract's permission lists as data

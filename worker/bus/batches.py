@@ -10,7 +10,7 @@ import secrets
 from collections.abc import Sequence
 
 from worker.bus.connection import Bus
-from worker.bus.failures import NoAnswer, NoResponders
+from worker.bus.failures import JetStreamError, NoAnswer, NoResponders
 from worker.bus.jetstream import PubAck, read_ack
 from worker.journal import OutboxRow
 
@@ -49,18 +49,19 @@ class EventWriter:
     def __init__(self, bus: Bus, pattern: str) -> None:
         self.pace = Pace()
         self.atomic = True
+        self._most = BATCH_EVENTS  # less while the stream is full
         self._bus = bus
         self._pattern = pattern
 
     def choose(self, waiting: Sequence[OutboxRow]) -> list[OutboxRow]:
         """The first of the waiting events that are best written together."""
-        if not self.atomic or not self.pace.batch_is_better(len(waiting)):
+        if not self.atomic or self._most == 1 or not self.pace.batch_is_better(len(waiting)):
             return [waiting[0]]
         rows: list[OutboxRow] = []
         size = 0
         for row in waiting:
             size += len(row.payload)
-            if rows and (len(rows) == BATCH_EVENTS or size > BATCH_BYTES):
+            if rows and (len(rows) == self._most or size > BATCH_BYTES):
                 break
             rows.append(row)
         return rows
@@ -69,6 +70,16 @@ class EventWriter:
         """Store them all or none. JetStreamError (`refused_sequence`: another message is the newest),
         NoAnswer, NoResponders, NotConnected.
         """
+        try:
+            ack = await self._write(rows, expected, patience_s)
+        except JetStreamError as error:
+            if error.err_code == JetStreamError.STORE_FAILED:
+                self._most = max(1, len(rows) // 2)
+            raise
+        self._most = min(2 * self._most, BATCH_EVENTS)
+        return ack
+
+    async def _write(self, rows: Sequence[OutboxRow], expected: int, patience_s: float) -> PubAck:
         loop = asyncio.get_running_loop()
         began = loop.time()
         if len(rows) == 1:

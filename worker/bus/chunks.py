@@ -3,9 +3,10 @@
 nats-py's own pipelining never resolves on an error, so each publish here has a reply of its own with a
 timeout. A chunk carries `Nats-Msg-Id`, so a repetition within the stream's duplicate window is recognised;
 that is why the bytes must be the same. The chunks of one subject keep the order of the calls, through a
-reconnect too; only one that the server itself refused (a stream without a leader) may follow later ones. The
-window is bounded by messages and by bytes over all subjects, and it is fair: a subject with a backlog waits
-behind one that has little under way.
+reconnect too; only one that the server itself refused (a stream without a leader, or a full one) may follow
+later ones that were under way already. The window is bounded by messages and by bytes over all subjects, and it
+is fair: a subject with a backlog waits behind one that has little under way. Its bytes follow what the way to
+the server carries (`allowance`).
 """
 
 import asyncio
@@ -15,11 +16,13 @@ from datetime import datetime
 import msgspec
 from loguru import logger
 
+from worker.bus.allowance import Allowance
 from worker.bus.connection import Bus
 from worker.bus.failures import JetStreamError, NoAnswer, NoResponders, NotConnected
 from worker.bus.jetstream import PubAck, StreamNames, read_ack
 from worker.bus.messages import Headers
-from worker.bus.window import WINDOW_BYTES, WINDOW_MESSAGES, Place, Turnstile, Window
+from worker.bus.patience import Patience
+from worker.bus.window import WINDOW_BYTES, WINDOW_MESSAGES, Place, Refusals, Turnstile, Window
 from worker.errors import Internal, ResourceExhausted, Unavailable
 from worker.log_chunks import INSTANCE, MESSAGE_ID, OFFSET
 
@@ -82,10 +85,12 @@ class ChunkPublisher:
         self.stream = StreamNames(bus.cfg.stream_prefix).logs
         self.retries = 0
         self._bus = bus
-        self._window = Window(max_in_flight, max_bytes)
+        self._allowance = Allowance(max_bytes)
+        self._window = Window(max_in_flight, self._allowance.limit_bytes)
+        self._refusals = Refusals()
         self._turnstile = Turnstile(lambda: bus.connected or bus.closed)
         bus.listen(lambda connected: self._turnstile.advance())
-        self._ack_timeout_s = ack_timeout_s
+        self._patience = Patience(ack_timeout_s, LONGEST_ACK_TIMEOUT_S)
         self._told = float("-inf")
 
     async def publish(self, subject: str, data: bytes, headers: Headers) -> PubAck:
@@ -100,6 +105,7 @@ class ChunkPublisher:
         try:
             return await self._until_stored(place, data, headers)
         finally:
+            self._refusals.settled(place)
             self._window.leave(place)
 
     async def last(self, subject: str) -> StoredChunk | None:
@@ -122,11 +128,12 @@ class ChunkPublisher:
         return True
 
     async def _until_stored(self, place: Place, data: bytes, headers: Headers) -> PubAck:
-        pause, patience_s = RETRY_S, self._ack_timeout_s
+        pause = RETRY_S
         flight = _Flight(place, data, headers)
         while True:
+            await self._refusals.turn(place)
             try:
-                return await self._once(flight, patience_s)
+                return await self._once(flight)
             except NotConnected:
                 # All wait for the same thing, and go on in their order at the turnstile: no pause.
                 if self._bus.closed:
@@ -139,13 +146,15 @@ class ChunkPublisher:
             except Unavailable as failure:
                 flight.plain_loss = False
                 self._tell(place.subject, failure)
-                if isinstance(failure, NoAnswer):
-                    patience_s = min(patience_s * 2, LONGEST_ACK_TIMEOUT_S)
-            self.retries += 1
+                self.retries += 1
+                if not isinstance(failure, NoAnswer):
+                    self._refusals.refused(place)
+                    if not self._refusals.is_head(place):
+                        continue
             await asyncio.sleep(pause * random.uniform(0.5, 1.0))
             pause = min(pause * 2, LONGEST_RETRY_S)
 
-    async def _once(self, flight: _Flight, patience_s: float) -> PubAck:
+    async def _once(self, flight: _Flight) -> PubAck:
         token, reply = "", None
         await self._turnstile.enter(flight.place.number)
         try:
@@ -154,29 +163,42 @@ class ChunkPublisher:
                 return found
             token, reply = self._bus.expect()
             answer_to = self._bus.reply_subject(token)
-            flight.sent_at = asyncio.get_running_loop().time()
+            flight.sent_at = self._now()
             await self._bus.publish(flight.place.subject, flight.data, flight.headers, reply=answer_to)
         except BaseException:
             self._bus.forget(token)
             raise
         finally:
             self._turnstile.leave()
+        patience_s = self._patience.seconds
         try:
             async with asyncio.timeout(patience_s):
                 message = await reply
         except TimeoutError:
+            self._patience.silent(patience_s)
+            self._allowance.silent(patience_s, self._now())
+            self._window.resize(self._allowance.limit_bytes)
             raise NoAnswer(f"no acknowledgement for {flight.place.subject}") from None
         finally:
             self._bus.forget(token)
+        self._answered(flight.place, self._now() - flight.sent_at)
         if message.status == 503:
             raise NoResponders(f"no stream takes {flight.place.subject}")
         return read_ack(message)
+
+    def _answered(self, place: Place, took_s: float) -> None:
+        self._patience.answered(took_s)
+        self._allowance.answered(place.size, took_s, self._now(), held_back=self._window.holds_back)
+        self._window.resize(self._allowance.limit_bytes)
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
 
     async def _find(self, flight: _Flight) -> PubAck | None:
         """After an absence that the stream's memory of ids may not cover: was it stored before it?"""
         if not flight.plain_loss or flight.sent_at is None:
             return None
-        if asyncio.get_running_loop().time() - flight.sent_at < DOUBT_S:
+        if self._now() - flight.sent_at < DOUBT_S:
             return None
         last = await self.last(flight.place.subject)
         if last is None or not stored_by(last, flight.headers, len(flight.data)):
@@ -184,7 +206,7 @@ class ChunkPublisher:
         return PubAck(self.stream, last.stream_seq, duplicate=True)
 
     def _tell(self, subject: str, failure: Unavailable) -> None:
-        now = asyncio.get_running_loop().time()
+        now = self._now()
         if now - self._told < REPORT_EVERY_S:
             return
         self._told = now

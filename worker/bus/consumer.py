@@ -14,6 +14,7 @@ import asyncio
 import random
 from collections import deque
 from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
@@ -25,6 +26,7 @@ from worker.bus.delivery import Delivery
 from worker.bus.failures import JetStreamError, NoAnswer, NoResponders
 from worker.bus.jetstream import StreamNames
 from worker.bus.messages import Message, parse_ack
+from worker.bus.patience import Patience
 from worker.bus.subscription import Subscription
 from worker.errors import Unavailable
 
@@ -40,7 +42,7 @@ SILENCE_S = 2.5 * HEARTBEAT_S
 MAX_PULL_BYTES = 8 * 1024 * 1024
 FENCE_PAUSE_S = 0.5
 PATIENCE_S = 2.0  # for one answer of the API: a leader that steps down takes the question with it
-LONGEST_PATIENCE_S = 5.0
+LONGEST_PATIENCE_S = 20.0
 RETRY_S = 0.1
 LONGEST_RETRY_S = 2.0
 REPORT_EVERY_S = 30.0
@@ -71,6 +73,8 @@ class CommandConsumer:
         self.name = node
         self.ready = asyncio.Event()  # the consumer is there and asks for messages
         self.rebuilds = 0
+        self.redelivered = 0  # messages that came more than once
+        self._newest = (datetime.min.replace(tzinfo=UTC), 0)  # when it was stored, and where
         self._bus = bus
         self._pattern = subjects.commands_of(node)
         self._check_fence = check_fence
@@ -89,7 +93,7 @@ class CommandConsumer:
         self._rebuild = False  # and that it must be made anew, whatever it looks like
         self._gone = False  # somebody deleted it
         self._replay_at: float | None = None
-        self._patience_s = PATIENCE_S
+        self._patience = Patience(PATIENCE_S, LONGEST_PATIENCE_S)
 
     async def run(self, handle: Handle) -> None:
         unlisten = self._bus.listen(self._on_connection)
@@ -126,6 +130,10 @@ class CommandConsumer:
             self._on_status(message)
             return
         self._asked -= 1
+        # First deliveries come in the order of the stream, also from a consumer that was made anew.
+        place = (ack.time, ack.stream_seq)
+        self.redelivered += ack.deliveries > 1 or place <= self._newest
+        self._newest = max(self._newest, place)
         if self._replay_at is not None:
             return  # it comes again, behind what was given back
         held = self._held.get(ack.stream_seq)
@@ -321,12 +329,13 @@ class CommandConsumer:
             pause = min(pause * 2, LONGEST_RETRY_S)
 
     async def _api(self, call: str, request: Any = None) -> dict[str, Any]:
+        began, patience_s = self._now(), self._patience.seconds
         try:
-            answer = await self._bus.js.api(call, request, timeout=self._patience_s)
+            answer = await self._bus.js.api(call, request, timeout=patience_s)
         except NoAnswer:
-            self._patience_s = min(self._patience_s * 1.5, LONGEST_PATIENCE_S)
+            self._patience.silent(patience_s)
             raise
-        self._patience_s = PATIENCE_S
+        self._patience.answered(self._now() - began)
         return answer
 
     async def _find_untouched(self) -> bool:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import SplitResult, unquote, urlsplit
 
-import nkeys
 from nats.aio.client import RawCredentials
 
 from worker.errors import Configuration
@@ -234,6 +233,8 @@ def _read(path: str | None, field: str) -> str:
 
 def _seed_in(text: str, path: str | None, field: str) -> str:
     """The user seed in `text`, bare or between its BEGIN and END lines."""
+    import nkeys  # and with it libsodium: only for those who have keys
+
     for line in text.splitlines():
         seed = line.strip()
         if not seed.startswith("SU"):

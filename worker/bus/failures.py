@@ -32,11 +32,14 @@ class JetStreamError(Unavailable):
     SUBJECT_OVERLAP = 10065
     CONSUMER_EXISTS = 10148
     CONSUMER_NOT_FOUND = 10014
+    STORE_FAILED = 10077  # a full stream that discards what is new, mostly
     JETSTREAM_NOT_ENABLED = 10076
     JETSTREAM_NOT_ENABLED_FOR_ACCOUNT = 10039
     ATOMIC_DISABLED = 10174
     ATOMIC_INCOMPLETE = 10176
     ATOMIC_TOO_MANY = 10210
+    NO_PEERS = 10005
+    NO_LEADER = 503
 
     def __init__(self, status: int, err_code: int, description: str, *, subject: str = "") -> None:
         where = f" ({subject})" if subject else ""
@@ -48,6 +51,11 @@ class JetStreamError(Unavailable):
     @property
     def jetstream_off(self) -> bool:
         return self.err_code in (self.JETSTREAM_NOT_ENABLED, self.JETSTREAM_NOT_ENABLED_FOR_ACCOUNT)
+
+    @property
+    def passing(self) -> bool:
+        """There is no leader (yet), or too few servers to place a stream: both may change."""
+        return self.status == self.NO_LEADER or self.err_code == self.NO_PEERS
 
     @property
     def refused_sequence(self) -> bool:

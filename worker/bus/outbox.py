@@ -22,6 +22,7 @@ from worker.bus.connection import Bus
 from worker.bus.facts import Facts, Looker, head_of
 from worker.bus.failures import JetStreamError, NoAnswer, NotConnected
 from worker.bus.jetstream import StreamNames
+from worker.bus.patience import Patience
 from worker.bus.recovery import GoOn, IsFenced, Shown, Stream, position_at
 from worker.clock import Clock, utc_now
 from worker.errors import ContractError, Fenced, ResourceExhausted, Unavailable
@@ -32,7 +33,7 @@ READ_BYTES = 4 * 1024 * 1024
 KEEP = timedelta(minutes=10)
 EXPIRE_EVERY_S = 60.0
 PATIENCE_S = 2.0  # for one answer: a leader that steps down takes what it was asked with it
-LONGEST_PATIENCE_S = 5.0
+LONGEST_PATIENCE_S = 20.0
 RETRY_S = 0.02
 LONGEST_RETRY_S = 2.0
 REPORT_EVERY_S = 30.0
@@ -59,7 +60,7 @@ class OutboxPublisher:
         self._verified = -1  # the session of the connection in which the stream was looked at
         self._claimed = False
         self._taken_from: str | None = None  # the epoch that ours follows, until an event of ours is stored
-        self._patience_s = PATIENCE_S
+        self._patience = Patience(PATIENCE_S, LONGEST_PATIENCE_S)
         self._work = asyncio.Event()
         self._rows: deque[OutboxRow] = deque()
         self._progress = asyncio.Condition()
@@ -109,7 +110,7 @@ class OutboxPublisher:
 
     async def check_fence(self) -> None:
         """Fenced when another worker has published under this name meanwhile; Unavailable when unknown."""
-        facts = await self._looker.facts(self._patience_s)
+        facts = await self._looker.facts(self._patience.seconds)
         decision = facts.decide()
         if isinstance(decision, IsFenced):
             raise Fenced(decision.why)
@@ -190,7 +191,7 @@ class OutboxPublisher:
                     await self._wait_for_work(expire_at)
                     continue
                 await self._send()
-                failures, self._patience_s = 0, PATIENCE_S
+                failures = 0
             except Unavailable as failure:
                 failures += 1
                 await self._after(failure, failures)
@@ -223,7 +224,7 @@ class OutboxPublisher:
 
     def _lose_patience(self, failure: Unavailable) -> None:
         if isinstance(failure, NoAnswer):
-            self._patience_s = min(self._patience_s * 1.5, LONGEST_PATIENCE_S)
+            self._patience.silent(self._patience.seconds)
 
     async def _wait_for_work(self, until: float) -> None:
         try:
@@ -242,7 +243,10 @@ class OutboxPublisher:
 
     async def _send(self) -> None:
         rows = self.writer.choose(self._rows)
-        ack = await self.writer.write(rows, expected=self._expected, patience_s=self._patience_s)
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        ack = await self.writer.write(rows, expected=self._expected, patience_s=self._patience.seconds)
+        self._patience.answered(loop.time() - began)
         self._taken_from = None
         for _ in rows:
             self._rows.popleft()
@@ -267,7 +271,7 @@ class OutboxPublisher:
 
     async def _recover(self) -> None:
         """Look where the stream stands and go on from there. Fenced, Unavailable."""
-        facts = await self._looker.facts(self._patience_s)
+        facts = await self._looker.facts(self._patience.seconds)
         decision = facts.decide()
         if isinstance(decision, IsFenced):
             shown = facts.shown
@@ -281,7 +285,7 @@ class OutboxPublisher:
         failures = 0
         while True:
             try:
-                return await self._looker.facts(self._patience_s)
+                return await self._looker.facts(self._patience.seconds)
             except Unavailable as failure:
                 self._lose_patience(failure)
                 failures += 1

@@ -36,6 +36,13 @@ _INFO = "io.nats.micro.v1.info_response"
 _STATS = "io.nats.micro.v1.stats_response"
 
 Handler = Callable[[bytes, Headers], Awaitable[bytes]]
+# What the service's STATS tell in `data` of an endpoint, by verb (ADR-32).
+Data = Callable[[], Awaitable[Mapping[str, Any]]]
+
+
+async def _no_data() -> Mapping[str, Any]:
+    return {}
+
 
 _encode = msgspec.json.Encoder().encode
 _error = msgspec.json.Decoder(Error)
@@ -85,6 +92,7 @@ class Service:
         version: str,
         description: str,
         max_running: int,
+        data: Data,
     ) -> None:
         self.id = bus.new_inbox().rpartition(".")[2]
         self._bus = bus
@@ -94,6 +102,7 @@ class Service:
         self._version = version
         self._description = description
         self._max_running = max_running
+        self._data = data
         self._started = datetime.now(UTC)
         self._endpoints = {verb: _Endpoint(verb, subjects.rpc(node, verb)) for verb in handlers}
         self._subscriptions: list[Subscription] = []
@@ -181,16 +190,16 @@ class Service:
 
     # -- discovery
 
-    def _describer(self, describe: Callable[[], dict[str, Any]]) -> Callable[[Message], None]:
+    def _describer(self, describe: Callable[[], Awaitable[dict[str, Any]]]) -> Callable[[Message], None]:
         def on_message(message: Message) -> None:
             if message.reply:
                 self._spawn(self._describe(message, describe))
 
         return on_message
 
-    async def _describe(self, message: Message, describe: Callable[[], dict[str, Any]]) -> None:
+    async def _describe(self, message: Message, describe: Callable[[], Awaitable[dict[str, Any]]]) -> None:
         try:
-            await self._bus.publish(message.reply, _encode(describe()))
+            await self._bus.publish(message.reply, _encode(await describe()))
         except ContractError as lost:
             logger.debug("a discovery reply was not sent: {}", lost.message)
 
@@ -203,16 +212,20 @@ class Service:
             "metadata": {"node": self._node},
         }
 
-    def _ping(self) -> dict[str, Any]:
+    async def _ping(self) -> dict[str, Any]:
         return self._identity(_PING)
 
-    def _info(self) -> dict[str, Any]:
+    async def _info(self) -> dict[str, Any]:
         endpoints = [endpoint.info() for endpoint in self._endpoints.values()]
         return {**self._identity(_INFO), "description": self._description, "endpoints": endpoints}
 
-    def _stats(self) -> dict[str, Any]:
+    async def _stats(self) -> dict[str, Any]:
         started = self._started.isoformat(timespec="microseconds").replace("+00:00", "Z")
-        endpoints = [endpoint.stats() for endpoint in self._endpoints.values()]
+        data = await self._data()
+        endpoints = [
+            endpoint.stats() | ({"data": data[verb]} if verb in data else {})
+            for verb, endpoint in self._endpoints.items()
+        ]
         return {**self._identity(_STATS), "started": started, "endpoints": endpoints}
 
 
@@ -225,11 +238,13 @@ async def serve_queries(
     *,
     subjects: Subjects | None = None,
     max_running: int = MAX_RUNNING,
+    data: Data = _no_data,
 ) -> Service:
     """Answer `P.rpc.<node>.<verb>` by `handlers[verb](body, headers) -> reply body`.
 
     A ContractError becomes the error reply of the contract; a verb without handler is `unsupported`; beyond
     `max_running` at once it is `resource_exhausted`, and so is a reply over the server's `max_payload`.
+    `data()` gives what STATS tell of verbs beyond their counters.
     """
     service = Service(
         bus,
@@ -239,6 +254,7 @@ async def serve_queries(
         version=version,
         description=description,
         max_running=max_running,
+        data=data,
     )
     await service.start()
     return service

@@ -1,7 +1,8 @@
 """Streams: creating what is missing, judging what is there, waiting for it.
 
-What exists keeps its operator's settings. A worker creates none unless told to: on a leaf node of its own
-domain a client that finds no stream would make a local one, and both would capture each publish.
+What exists keeps its operator's settings. A worker creates none unless told to: in the domain of a leaf node a
+client that finds no stream would make a local one, and both would capture each publish. Where both sides have
+streams on purpose the link must keep their subjects apart (sites.py).
 """
 
 import asyncio
@@ -12,6 +13,7 @@ from loguru import logger
 
 from schemas.streams import BucketSpec, StreamSpec, bucket_spec, stream_specs
 from schemas.subjects import DEFAULT_PREFIX, Subjects
+from worker.bus.confined import NotAllowed, ask
 from worker.bus.connection import Bus
 from worker.bus.failures import JetStreamError, NoResponders
 from worker.bus.jetstream import StreamInfo, StreamNames
@@ -32,12 +34,15 @@ class Created(msgspec.Struct, frozen=True):
 
 
 class Finding(msgspec.Struct, frozen=True):
-    """`stream` is missing, or has a setting that costs something. `fatal`: a worker cannot run with it."""
+    """`stream` is missing, or has a setting that costs something. `fatal`: a worker cannot run with it. `unknown`:
+    this user may not ask about it, and nothing is known to be wrong.
+    """
 
     stream: str
     problem: str
     cost: str
     fatal: bool = False
+    unknown: bool = False
 
 
 def names_of(bus: Bus) -> StreamNames:
@@ -127,6 +132,25 @@ async def setup_streams(
             raise _no_jetstream(bus) from None
         raise
     return Created(tuple(made), tuple(kept))
+
+
+async def set_up_at_last(bus: Bus, *, subjects: Subjects, pools: tuple[str, ...] | list[str] = ()) -> Created:
+    """As `setup_streams`, for a worker: a server that does not answer, or a cluster without a leader, is waited
+    for. Raises what waiting does not mend.
+    """
+    loop = asyncio.get_running_loop()
+    told: float | None = None
+    while True:
+        await bus.wait_connected()
+        try:
+            return await setup_streams(bus, subjects=subjects, pools=pools)
+        except Unavailable as failure:
+            if isinstance(failure, JetStreamError) and not failure.passing:
+                raise
+            if told is None or loop.time() - told > REPORT_EVERY_S:
+                told = loop.time()
+                logger.warning("the streams cannot be set up yet: {}; trying again", failure.message)
+        await asyncio.sleep(RETRY_S)
 
 
 async def _create(bus: Bus, name: str, config: dict[str, Any]) -> bool:
@@ -222,12 +246,19 @@ async def _missing(bus: Bus, names: tuple[str, ...]) -> str:
 
 
 async def check_streams(bus: Bus, *, subjects: Subjects | None = None) -> list[Finding]:
-    """What is missing or set in a way that costs something; empty when all is as the contract has it."""
+    """What is missing or set in a way that costs something; empty when all is as the contract has it.
+
+    A node's own user may ask about some streams only: of the others it says just that.
+    """
     findings: list[Finding] = []
     try:
         for config in wanted(bus, (subjects or Subjects()).prefix):
             name = str(config["name"])
-            info = await find_stream(bus, name)
+            try:
+                info = await ask(bus, find_stream(bus, name))
+            except NotAllowed:
+                findings.append(Finding(name, "not allowed to ask", "", unknown=True))
+                continue
             if info is None:
                 findings.append(Finding(name, "is missing", "run `sandfleet setup`", fatal=True))
             else:

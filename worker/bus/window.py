@@ -1,12 +1,14 @@
-"""Who may send now: a window over all subjects, and a turnstile that keeps order through a reconnect."""
+"""Who may send now: a window over all subjects, a turnstile that keeps order through a reconnect, and who waits
+behind a refused one.
+"""
 
 import asyncio
 import heapq
 from collections import deque
 from collections.abc import Callable
 
-WINDOW_BYTES = 8 * 1024 * 1024
-WINDOW_MESSAGES = 64
+WINDOW_BYTES = 16 * 1024 * 1024  # 50 MB/s at 300 ms
+WINDOW_MESSAGES = 96
 
 
 class Place:
@@ -54,6 +56,16 @@ class Window:
     def leave(self, place: Place) -> None:
         self._messages -= 1
         self._bytes -= place.size
+        self._next_turns()
+
+    @property
+    def holds_back(self) -> bool:
+        """Whether somebody waits for a place."""
+        return bool(self._waiting)
+
+    def resize(self, max_bytes: int) -> None:
+        """Who is inside stays."""
+        self._max_bytes = max_bytes
         self._next_turns()
 
     def _has_room(self, size: int) -> bool:
@@ -132,4 +144,40 @@ class Turnstile:
             _, _, future = heapq.heappop(self._waiting)
             if not future.cancelled():
                 self._busy = True
+                future.set_result(None)
+
+
+class Refusals:
+    """Keeps the chunks of a subject in order when the server refuses some, as a full stream does.
+
+    The first that was refused is the subject's head: it alone is tried again, and all that were admitted later wait
+    in `turn`. Once it is stored they go on, in their order.
+    """
+
+    def __init__(self) -> None:
+        self._heads: dict[str, Place] = {}
+        self._waiting: dict[str, list[tuple[int, asyncio.Future[None]]]] = {}
+
+    def refused(self, place: Place) -> None:
+        head = self._heads.get(place.subject)
+        if head is None or place.number < head.number:
+            self._heads[place.subject] = place
+
+    def is_head(self, place: Place) -> bool:
+        return self._heads.get(place.subject) is place
+
+    async def turn(self, place: Place) -> None:
+        """Return when no earlier one is refused."""
+        while (head := self._heads.get(place.subject)) is not None and head.number < place.number:
+            future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._waiting.setdefault(place.subject, []).append((place.number, future))
+            await future
+
+    def settled(self, place: Place) -> None:
+        """It is stored, or was given up."""
+        if not self.is_head(place):
+            return
+        del self._heads[place.subject]
+        for _, future in sorted(self._waiting.pop(place.subject, []), key=lambda waiting: waiting[0]):
+            if not future.done():
                 future.set_result(None)

@@ -104,6 +104,7 @@ VERBS: dict[str, tuple[Verb, ...]] = {
         Verb("login", "login_cmd", "Log in to a registry, as docker does.", connects=False),
         Verb("logout", "login_cmd", "Forget a registry's credentials.", connects=False),
         Verb("secret rm", "secrets_cmd", "Delete secrets of this node.", connects=False, json=False),
+        Verb("journal backup", "journal_cmd", "Copy this node's journal into one file.", connects=False),
         Verb("schema export", "schema_cmd", "Write the wire contract as JSON Schema.", connects=False),
         Verb("completion", "completion", "Print a shell's completion script.", connects=False, json=False),
     ),

@@ -5,7 +5,7 @@ import os
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import msgspec
 
@@ -16,9 +16,11 @@ from worker.bus.failures import NoAnswer, NoResponders
 from worker.cli.devfile import DevFile, find
 from worker.cli.output import Output
 from worker.cli.parser import Namespace
-from worker.client import FleetClient
 from worker.config import NatsConfig, load_config
 from worker.errors import Conflict, NotFound, Unavailable
+
+if TYPE_CHECKING:
+    from worker.client import FleetClient
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +72,10 @@ class Context:
         return find(self.env)
 
     @asynccontextmanager
-    async def fleet(self, *, replicas: int | None = None) -> AsyncIterator[FleetClient]:
+    async def fleet(self, *, replicas: int | None = None) -> "AsyncIterator[FleetClient]":
         """A connected client. NoAnswer when no server is there."""
+        from worker.client import FleetClient  # `worker` and other verbs of this machine need none
+
         if self.chosen_node is not None:
             check_node(self.chosen_node, field="--node")
         quiet_logs()
@@ -90,11 +94,11 @@ class Context:
         finally:
             await client.close()
 
-    async def node(self, fleet: FleetClient) -> str:
+    async def node(self, fleet: "FleetClient") -> str:
         """The node that is meant: the chosen one, or the only one."""
         return self.chosen_node or await fleet.default_node()
 
-    async def locate(self, fleet: FleetClient, name: str) -> Target:
+    async def locate(self, fleet: "FleetClient", name: str) -> Target:
         """The container that is meant: `web-0`, or `web` while that service has one.
 
         With one node (or a chosen one) a full name is taken as it is. NotFound; Conflict when unclear.
@@ -115,14 +119,14 @@ class Context:
             raise Conflict(f"{name} is on {' and '.join(holders)}: choose one with --node")
         return Target(holders[0], name)
 
-    async def _has(self, fleet: FleetClient, node: str, cid: str) -> bool:
+    async def _has(self, fleet: "FleetClient", node: str, cid: str) -> bool:
         try:
             await fleet.state(node, cid)
         except (NotFound, NoResponders, NoAnswer):
             return False
         return True
 
-    async def _only_container(self, fleet: FleetClient, service: str) -> Target:
+    async def _only_container(self, fleet: "FleetClient", service: str) -> Target:
         if SERVICE.fullmatch(service) is None:
             raise InvalidCommand(f"{service!r} is no container name: web-0, or web", field="container")
         nodes = [self.chosen_node] if self.chosen_node else [one.node for one in await fleet.nodes()]

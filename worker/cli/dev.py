@@ -141,7 +141,7 @@ class _Dev:
         lock: DevLock,
         server: EmbeddedServer,
         token: str,
-        worker: "asyncio.Future[None]",
+        worker: "asyncio.Future[bool]",
     ) -> None:
         loop = asyncio.get_running_loop()
         # The containers come first, then the worker, then the server.
@@ -240,7 +240,7 @@ class _Dev:
                 task.cancel()
             await asyncio.gather(stopping, hurry, return_exceptions=True)
 
-    async def _end_worker(self, worker: "asyncio.Future[None]") -> None:
+    async def _end_worker(self, worker: "asyncio.Future[bool]") -> None:
         """In order: the worker tells the fleet that it stops."""
         if not worker.done():
             self._end.set()
@@ -250,7 +250,7 @@ class _Dev:
             await asyncio.gather(worker, return_exceptions=True)
 
 
-async def _first(worker: "asyncio.Future[None]", event: asyncio.Event) -> bool:
+async def _first(worker: "asyncio.Future[bool]", event: asyncio.Event) -> bool:
     """Wait until the event is set or the worker has ended; whether it was the event."""
     waiting = asyncio.ensure_future(event.wait())
     both: set[asyncio.Future[Any]] = {worker, waiting}

@@ -1,19 +1,26 @@
 """doctor: what is well, what lacks, what each lack costs and what to do about it."""
 
 import asyncio
+from pathlib import Path
 
 from worker.cli.app import OK, REFUSED
 from worker.cli.context import Context, quiet_logs
-from worker.cli.doctor_checks import Finding, data_dir_checks, machine_checks, server_checks
+from worker.cli.doctor_checks import PROC, Finding, data_dir_checks, machine_checks
 from worker.cli.doctor_launcher import launcher_checks
+from worker.cli.doctor_namespaces import namespaces_check, trial
+from worker.cli.doctor_server import server_checks
 from worker.cli.parser import Namespace, Parser, page_width, wrapped
 from worker.cli.style import Style, clean
 from worker.cli.worker_cmd import local_config, place_options
+from worker.config import NatsConfig, load_config
+from worker.errors import Configuration
+from worker.node_file import read_node_file
 
 MARKS: dict[str, tuple[str, Style]] = {
     "ok": ("ok", "good"),
     "warn": ("warn", "warn"),
     "fail": ("FAIL", "bad"),
+    "unknown": ("?", "dim"),
 }
 INDENT = " " * 24
 
@@ -22,7 +29,9 @@ def options_doctor(parser: Parser) -> None:
     with parser.section("Whose directory"):
         place_options(parser)
     parser.details = """
-        Exit code 0 when nothing stands in a worker's way (there may be warnings), 4 when something does.
+        With --config the server is looked at as that worker would: its address, credentials and domain. A node's own
+        key may not ask about everything; what it may not is marked `?`. Exit code 0 when nothing stands in a worker's
+        way (there may be warnings), 4 when something does.
     """
 
 
@@ -31,11 +40,10 @@ async def verb_doctor(context: Context, args: Namespace) -> int:
     config = local_config(context, args)
     async with context.out.busy("looking"):
         root = config.data_dir
-        local = await asyncio.to_thread(
-            lambda: [*machine_checks(), *data_dir_checks(root), *launcher_checks(root)]
-        )
-        nats = context.nats_config()
-        remote = await server_checks(nats, f"name the server with --nats (now {_plain(nats.url)})")
+        local = await asyncio.to_thread(_local, root)
+        nats = _nats_config(context, args)
+        node = context.chosen_node or config.node.name or _name_in(root)
+        remote = await server_checks(nats, f"name the server with --nats (now {_plain(nats.url)})", node)
     findings = [*local, *remote]
     if context.out.as_json:
         context.out.document(findings)
@@ -46,6 +54,30 @@ async def verb_doctor(context: Context, args: Namespace) -> int:
             _show(context, finding, with_remedy=last)
         _sum_up(context, findings)
     return REFUSED if any(finding.level == "fail" for finding in findings) else OK
+
+
+def _local(root: Path) -> list[Finding]:
+    found = list(machine_checks())
+    if (PROC / "self/ns").is_dir():  # Linux
+        found.append(namespaces_check(trial()))
+    return [*found, *data_dir_checks(root), *launcher_checks(root)]
+
+
+def _nats_config(context: Context, args: Namespace) -> NatsConfig:
+    """What the worker of this --config would connect to; without one, what the other verbs do."""
+    if args.config is None:
+        return context.nats_config()
+    flags = {"nats.url": args.nats, "nats.creds": args.creds}
+    return load_config(Path(args.config), context.env, flags).nats
+
+
+def _name_in(root: Path) -> str | None:
+    """The node whose data directory it is; None before the first start, or when its file cannot be read."""
+    try:
+        known = read_node_file(root / "node.json")
+    except (OSError, Configuration):
+        return None  # the checks of the directory tell it
+    return known.name if known is not None else None
 
 
 def _plain(url: str) -> str:

@@ -4,33 +4,22 @@ import os
 import resource
 import shutil
 import stat
-import time
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 
-from worker.bus.credentials import has_credentials
-from worker.bus.failures import JetStreamError
-from worker.bus.messages import parse_time
-from worker.bus.streams import Finding as StreamFinding
-from worker.bus.streams import check_streams, names_of
-from worker.cli.human import size, span
-from worker.client import FleetClient
-from worker.config import NatsConfig
-from worker.errors import Configuration, ContractError, Unavailable
+from worker.cli.human import size
+from worker.errors import ContractError
 
-Level = Literal["ok", "warn", "fail"]
+# unknown: whoever asks may not know, which is no lack.
+Level = Literal["ok", "warn", "fail", "unknown"]
 
 LOW_DISK_BYTES = 2**30
 NO_DISK_BYTES = 16 * 2**20
 WANTED_FILES = 65536
 LEAST_FILES = 1024
-SKEW_WARN_S = 1.0
-SKEW_FAIL_S = 30.0
-WANTED_PAYLOAD = 2**20
 
 CGROUPS = Path("/sys/fs/cgroup")
 PROC = Path("/proc")
@@ -58,10 +47,9 @@ def lack(level: Level, check: str, found: str, cost: str, do: str = "") -> Findi
 
 
 def machine_checks() -> Iterator[Finding]:
-    """Sandbox, namespaces, cgroups, descriptors."""
+    """Sandbox, cgroups, descriptors."""
     yield from sandbox_checks()
     if (PROC / "sys" / "kernel").is_dir():  # Linux: other platforms have nothing of the kind
-        yield namespaces_check()
         yield cgroup_check()
     yield files_check()
 
@@ -109,28 +97,6 @@ def kernel_checks(sandbox: str) -> Iterator[Finding]:
         )
     else:
         yield ok("seccomp", "filters")
-
-
-def namespaces_check() -> Finding:
-    most = _read(PROC / "sys/user/max_user_namespaces")
-    if most is not None and most.strip() == "0":
-        return lack(
-            "warn",
-            "namespaces",
-            "user namespaces are off (user.max_user_namespaces = 0)",
-            "isolation rootfs needs a worker that is root",
-            "sysctl user.max_user_namespaces=15000",
-        )
-    restricted = _read(PROC / "sys/kernel/apparmor_restrict_unprivileged_userns")
-    if restricted is not None and restricted.strip() == "1" and os.geteuid() != 0:
-        return lack(
-            "warn",
-            "namespaces",
-            "AppArmor keeps user namespaces from ordinary users",
-            "isolation rootfs needs a worker that is root",
-            "an AppArmor profile with `userns`, or kernel.apparmor_restrict_unprivileged_userns=0",
-        )
-    return ok("namespaces", "user namespaces are allowed")
 
 
 def cgroup_check() -> Finding:
@@ -239,109 +205,6 @@ def _room(root: Path, place: Path) -> Finding:
         cost = "images and logs soon find no room; output that cannot be written is lost, and told as lost"
         return lack("warn", "disk", found, cost, f"make room on the disk of {root}, or sandfleet prune")
     return ok("disk", found)
-
-
-# -- the server
-
-
-async def server_checks(config: NatsConfig, where: str) -> list[Finding]:
-    """Reachable, new enough, credentials, clock, streams, nodes."""
-    findings = [credentials_check(config)]
-    try:
-        fleet = await FleetClient.connect(config, name="sandfleet doctor")
-    except (Unavailable, Configuration) as failure:
-        cost = "nothing can be commanded or seen; a worker waits for it"
-        return [
-            *findings,
-            lack(
-                "fail", "server", failure.message, cost, f"{where}; or start sandfleet dev to try things out"
-            ),
-        ]
-    async with fleet:
-        bus = fleet.bus
-        findings.append(ok("server", f"{bus.url}, nats-server {bus.server_version}"))
-        if bus.max_payload < WANTED_PAYLOAD:
-            cost = "large commands, replies and log chunks are refused"
-            findings.append(
-                lack(
-                    "fail",
-                    "max payload",
-                    size(bus.max_payload),
-                    cost,
-                    "max_payload: 1MB in the server's file",
-                )
-            )
-        streams = await stream_checks(fleet)
-        findings += streams
-        if all(finding.level != "fail" for finding in streams):
-            findings.append(await clock_check(fleet))
-            nodes = [presence.node for presence in await fleet.nodes()]
-            findings.append(
-                ok("nodes", ", ".join(nodes))
-                if nodes
-                else lack(
-                    "warn", "nodes", "none is there", "commands wait", "sandfleet worker, or sandfleet dev"
-                )
-            )
-    return findings
-
-
-def credentials_check(config: NatsConfig) -> Finding:
-    try:
-        if has_credentials(config):
-            return ok("credentials", "configured")
-    except Configuration as failure:
-        return lack("fail", "credentials", failure.message, "no connection is made")
-    return lack(
-        "warn",
-        "credentials",
-        "none",
-        "whoever reaches the server commands the fleet; a worker starts only with --insecure",
-        "--creds FILE, or [nats] creds, nkey, token_file or tls.cert in the configuration",
-    )
-
-
-async def stream_checks(fleet: FleetClient) -> list[Finding]:
-    try:
-        found = await check_streams(fleet.bus, subjects=fleet.subjects)
-    except ContractError as failure:
-        return [lack("fail", "streams", failure.message, "no command can be received")]
-    if not found:
-        return [ok("streams", f"all there ({fleet.bus.cfg.stream_prefix}_…)")]
-    return [_of_stream(finding) for finding in found]
-
-
-def _of_stream(finding: StreamFinding) -> Finding:
-    level: Level = "fail" if finding.fatal else "warn"
-    if finding.problem == "is missing":
-        return lack(
-            level, finding.stream, "is missing", "a worker waits until it is there", "sandfleet setup"
-        )
-    return lack(level, finding.stream, finding.problem, finding.cost, "change it with nats stream edit")
-
-
-async def clock_check(fleet: FleetClient) -> Finding:
-    """The server stamps its answers; half of the round trip is the doubt."""
-    before = time.time()
-    try:
-        answer = await fleet.bus.js.api(f"STREAM.INFO.{names_of(fleet.bus).events}")
-        server = parse_time(str(answer["ts"]))
-    except (JetStreamError, KeyError, ValueError):
-        return lack("warn", "clock", "the server does not tell its time", "a wrong clock stays unseen")
-    after = time.time()
-    skew_s = (datetime.fromtimestamp((before + after) / 2, UTC) - server).total_seconds()
-    doubt_s = (after - before) / 2
-    return judge_clock(skew_s, doubt_s)
-
-
-def judge_clock(skew_s: float, doubt_s: float) -> Finding:
-    """Positive: this machine is ahead."""
-    off = max(0.0, abs(skew_s) - doubt_s)
-    if off < SKEW_WARN_S:
-        return ok("clock", f"within {span(max(off, doubt_s, 0.001))} of the server's")
-    found = f"{span(off)} {'ahead of' if skew_s > 0 else 'behind'} the server's"
-    cost = "deadlines pass too early or too late, times of events and logs are wrong"
-    return lack("fail" if off >= SKEW_FAIL_S else "warn", "clock", found, cost, "run an NTP client on both")
 
 
 def _read(path: Path) -> str | None:

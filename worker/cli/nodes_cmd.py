@@ -6,6 +6,7 @@ from schemas.commands import Drain, Resume
 from schemas.node import NodeInfo, NodeState
 from worker.cli.app import OK
 from worker.cli.context import Context
+from worker.cli.delivery_view import delivery_rows, show_logs, waiting_cell
 from worker.cli.human import age, now, size, stamp
 from worker.cli.output import Cell, Column, Row
 from worker.cli.parser import Namespace, Parser, duration
@@ -56,6 +57,7 @@ async def verb_nodes(context: Context, args: Namespace) -> int:
             Cell(str(one.state), STATE_STYLE.get(one.state, "")),
             f"{one.slots_used}/{one.slots}",
             *_machine(info),
+            waiting_cell(info),
             age(info.started_at, now()) if info else "-",
         ]
         for one, info in zip(present, infos, strict=True)
@@ -71,11 +73,12 @@ async def verb_nodes(context: Context, args: Namespace) -> int:
                 Cell("-", "dim"),
                 *_machine(event.info),
                 Cell("-", "dim"),
+                Cell("-", "dim"),
             ]
             for event in away
         ]
     columns = [Column("NODE", keep=True), Column("STATE", keep=True), Column("SLOTS", right=True)]
-    columns += [Column("SYSTEM"), Column("SANDBOX"), Column("STARTED")]
+    columns += [Column("SYSTEM"), Column("SANDBOX"), Column("WAITING"), Column("STARTED")]
     out.table(columns, rows, empty="no node is there: start one with sandfleet dev or sandfleet worker")
     unexpected = [event.node for event in away if event.state != "stopped"]
     if unexpected and not args.all:
@@ -131,6 +134,10 @@ async def verb_info(context: Context, args: Namespace) -> int:
         ("features", ", ".join(info.api.features)),
     ]
     out.fields((name, value) for name, value in rows if value)
+    if info.delivery is not None:
+        out.line(out.paint("\nOn its way to the streams", "strong"))
+        out.fields(delivery_rows(info.delivery))
+        show_logs(out, info.delivery)
     if capabilities.not_enforced:
         out.line(out.paint("\nNot enforced here", "warn"))
         for lack in capabilities.not_enforced:

@@ -24,9 +24,9 @@ from worker.errors import InvalidCommand, ResourceExhausted
 from worker.images.archive_write import SavedBlob, SavedImage, archive_pieces
 from worker.images.model import MANIFEST_TYPE, ImageConfig
 from worker.images.pack import COMPRESSIONS, GZIP, Packed, PackOptions, pack
+from worker.images.parcel import parcel_of
 from worker.images.reference import parse_name
 from worker.images.registry.stopping import StopSignal
-from worker.images.transfers import parcel_of
 from worker.images.trees import remove_tree
 
 _LATEST_S = 253402300799

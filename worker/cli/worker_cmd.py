@@ -1,11 +1,13 @@
 """worker: this machine's worker in the foreground. setup: the streams of a server."""
 
+import gc
+import os
 from pathlib import Path
 from typing import Any
 
-from worker.cli.app import OK
+from worker.cli.app import OK, REFUSED
 from worker.cli.context import Context
-from worker.cli.parser import Namespace, Parser, whole
+from worker.cli.parser import Namespace, Parser, UsageError, whole
 from worker.config import Config, load_config
 from worker.settings import CONFIG_VARIABLE, SETTINGS
 
@@ -61,8 +63,9 @@ def options_worker(parser: Parser) -> None:
     )
     log_level(parser, "info")
     parser.details = """
-        Runs until SIGTERM or Ctrl-C; containers go on and the next worker adopts them. Settings come from the
-        TOML file, then the environment, then the flags; a later one wins. An unknown key is an error.
+        Runs until SIGTERM or Ctrl-C; containers go on and the next worker adopts them. A second one ends it at
+        once. SIGHUP reads the policy anew. Settings come from the TOML file, then the environment, then the flags;
+        a later one wins. An unknown key is an error.
     """
     for setting in SETTINGS:
         name = f"[{setting.section}] {setting.name}"
@@ -93,19 +96,27 @@ def worker_flags(args: Namespace) -> dict[str, Any]:
 
 
 def verb_worker(context: Context, args: Namespace) -> int:
-    config = load_config(Path(args.config) if args.config else None, context.env, worker_flags(args))
-    run_foreground(config, setup=args.setup, takeover=args.takeover, level=args.log_level)
-    return OK
-
-
-def run_foreground(config: Config, *, setup: bool, takeover: bool, level: str) -> None:
+    # Nothing of what is imported is garbage, and looking for some takes a tenth of the start.
+    gc.disable()
     import uvloop
 
     from worker.agent import run_worker
     from worker.log import setup_logging
+    from worker.sd_notify import Notifier
 
-    setup_logging(level.upper(), None)
-    uvloop.run(run_worker(config, setup=setup, takeover=takeover))
+    gc.enable()
+
+    def read() -> Config:
+        return load_config(Path(args.config) if args.config else None, context.env, worker_flags(args))
+
+    config = read()
+    setup_logging(args.log_level.upper(), None)
+    # Before anything is started that would inherit it.
+    notifier = Notifier.take(os.environ)
+    orderly = uvloop.run(
+        run_worker(config, setup=args.setup, takeover=args.takeover, reread=read, notifier=notifier)
+    )
+    return OK if orderly else REFUSED
 
 
 def options_setup(parser: Parser) -> None:
@@ -118,23 +129,50 @@ def options_setup(parser: Parser) -> None:
     parser.argument(
         "--pool", action="append", default=[], metavar="NAME", help="also this pool's consumer of jobs"
     )
+    with parser.section("Sites (leaf nodes)"):
+        parser.argument(
+            "--collect",
+            action="append",
+            default=[],
+            metavar="SITE",
+            help="on the hub: its streams also hold the events, logs, stats and presence of this domain",
+        )
+        parser.argument(
+            "--commands-from",
+            metavar="HUB",
+            help="at a site: take over commands that were stored in this domain, --for each of its nodes",
+        )
+        parser.argument(
+            "--for", dest="nodes", action="append", default=[], metavar="NODE", help="a node of this site"
+        )
     parser.details = "What exists keeps its settings; sandfleet doctor says what differs from the contract."
     parser.example("sandfleet setup --replicas 3")
+    parser.example("sandfleet setup --commands-from hub --for mac-1 --for mac-2")
 
 
 async def verb_setup(context: Context, args: Namespace) -> int:
+    from worker.bus.sites import collect, forward_commands
     from worker.bus.streams import setup_streams
 
+    if bool(args.commands_from) != bool(args.nodes):
+        raise UsageError("--commands-from HUB and --for NODE belong together", verb="setup")
     out = context.out
     async with context.fleet(replicas=args.replicas) as fleet:
         async with out.busy("creating the streams"):
-            result = await setup_streams(fleet.bus, subjects=fleet.subjects, pools=args.pool)
-        url = fleet.bus.url
+            bus, subjects = fleet.bus, fleet.subjects
+            result = await setup_streams(bus, subjects=subjects, pools=args.pool)
+            joined = [f"{name} from {site}" for site in args.collect for name in await collect(bus, site)]
+            if hub := args.commands_from:
+                new = await forward_commands(bus, hub, args.nodes, subjects=subjects)
+                joined += [f"commands for {node} from {hub}" for node in new]
+        url = bus.url
     if out.as_json:
-        out.document({"url": url, "created": result.made, "kept": result.kept})
+        out.document({"url": url, "created": result.made, "kept": result.kept, "joined": joined})
         return OK
     for name in result.made:
         out.line(f"{out.paint('created', 'good')}  {name}")
     for name in result.kept:
         out.line(f"{out.paint('kept', 'dim')}     {name}")
+    for what in joined:
+        out.line(f"{out.paint('joined', 'good')}   {what}")
     return OK

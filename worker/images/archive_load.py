@@ -18,10 +18,10 @@ from worker.platform.descent import open_directory
 from worker.platform.treecopy import OPEN_FILE, printable
 
 from .archive import Archive, ArchivedImage
+from .ingest import Ingest
 from .model import ImageInfo
 from .pulled import TakeIn, Unpack, disk_failed
 from .reference import parse_name
-from .ingest import Ingest
 from .registry.stopping import StopSignal
 from .store import ImageStore
 from .unpack import unpack_layers

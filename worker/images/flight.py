@@ -50,7 +50,7 @@ class Flight:
         self.stop = StopSignal()
         self.waiting = 0
         self.phase = ImagePhase.RESOLVING
-        self.layers: "dict[str, Blob]" = {}
+        self.layers: dict[str, Blob] = {}
         self.done: dict[str, int] = {}
         self.task: asyncio.Task[Pulled] | None = None
 

@@ -1,6 +1,6 @@
 """Blobs on their way in: what has come so far.
 
-    images/ingest/<hex>.part    what has come of sha256:<hex>, whoever asked for it
+images/ingest/<hex>.part    what has come of sha256:<hex>, whoever asked for it
 """
 
 import math

@@ -17,12 +17,12 @@ from worker.errors import PullFailed, ResourceExhausted
 from worker.platform.descent import OPEN_DIRECTORY
 
 from .chain import chain_id
+from .ingest import Ingest
 from .layout import Layout, is_out_of_space
 from .model import FROM_INDEX, PULLED, SECRET, ConfigDocument, Descriptor, ImageInfo, Tree
 from .reference import DIGEST
 from .register import sync_file_system
 from .registry.client import Document, RegistryClient
-from .ingest import Ingest
 from .registry.failures import persist
 from .registry.manifests import (
     MAX_CONFIG_BYTES,

@@ -1,6 +1,7 @@
 """Images on their way between the store and elsewhere, but for pulls: loaded, pushed, saved.
 
-Blocking work has threads of its own. Whoever is cancelled calls it off and waits for it, as it still writes.
+Blocking work has threads of its own. Whoever is cancelled calls it off and waits for it, as it still writes. What
+only that work needs is imported there, by its first use: archives, uploads and TLS are no part of a worker's start.
 """
 
 import asyncio
@@ -9,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 from loguru import logger
@@ -20,22 +21,21 @@ from worker.errors import ContractError, PolicyDenied
 from worker.secret_files import SecretReader
 
 from .access import Access
-from .archive_load import Loaded, load_archive
-from .archive_store import open_image
-from .archive_write import SavedBlob, SavedImage
 from .flight import TELL_S, PullProgress, Tell
-from .model import MANIFEST_TYPE, PULLED, oci_platform
-from .push import PATIENCE, Parcel, Pushed, Reach, push
+from .model import PULLED, oci_platform
 from .reference import parse_name
 from .registry.addresses import names_host
-from .registry.channel import Resolve, resolve
 from .registry.patience import Patience
 from .registry.reference import RegistryImage, registry_image
 from .registry.stopping import StopSignal
-from .registry.transport import tls_context
-from .registry.upload import Outgoing
 from .store import ImageStore
 from .threads import run_in
+
+if TYPE_CHECKING:
+    from .archive_load import Loaded
+    from .archive_write import SavedImage
+    from .push import Parcel, Pushed, Reach
+    from .registry.channel import Resolve
 
 # Loads and pushes take long; a step of a download does not, and must not wait for them.
 _THREADS = 4
@@ -62,14 +62,14 @@ class Transfers:
         tell: Tell = _tell_nobody,
         patience: Patience | None = None,
         here: tuple[str, str] | None = None,
-        resolve: Resolve = resolve,
+        resolve: "Resolve | None" = None,
     ) -> None:
         self._store = store
         self._config = config
         self._settings = config.images
         self._access = Access(config, secrets)
         self._tell = tell
-        self._patience = patience or PATIENCE
+        self._patience = patience
         self._here = here or oci_platform()
         self._resolve = resolve
         self._tls: ssl.SSLContext | None = None
@@ -102,18 +102,20 @@ class Transfers:
 
     # -- load
 
-    async def load(self, source: Path, name: str | None, allowed: Callable[[str], None]) -> Loaded:
+    async def load(self, source: Path, name: str | None, allowed: Callable[[str], None]) -> "Loaded":
         """Take in the archive at this canonical path. Raises as `load_archive` does."""
         stop = StopSignal()
-        return await self._run(
-            self._threads,
-            lambda: load_archive(self._store, source, name, allowed=allowed, here=self._here, stop=stop),
-            stop,
-        )
+
+        def work() -> "Loaded":
+            from .archive_load import load_archive
+
+            return load_archive(self._store, source, name, allowed=allowed, here=self._here, stop=stop)
+
+        return await self._run(self._threads, work, stop)
 
     # -- push
 
-    async def push(self, name: str, target: str, auth: str | None) -> Pushed:
+    async def push(self, name: str, target: str, auth: str | None) -> "Pushed":
         """Send an image to a registry. `auth` is the name of a secret of the node.
 
         NotFound, InvalidCommand, PolicyDenied, PullFailed, Unavailable, ResourceExhausted.
@@ -136,7 +138,11 @@ class Transfers:
 
     def _push(
         self, name: str, image: RegistryImage, auth: str | None, stop: StopSignal, progress: "_Progress"
-    ) -> Pushed:
+    ) -> "Pushed":
+        from .archive_store import open_image
+        from .parcel import parcel_of
+        from .push import push
+
         reach = self._reach(image, auth)
         progress.phase = ImagePhase.PACKING
         with open_image(self._store, name, stop) as saved:
@@ -152,7 +158,11 @@ class Transfers:
                 field="target",
             )
 
-    def _reach(self, image: RegistryImage, auth: str | None) -> Reach:
+    def _reach(self, image: RegistryImage, auth: str | None) -> "Reach":
+        from .push import PATIENCE, Reach
+        from .registry.channel import resolve
+        from .registry.transport import tls_context
+
         settings = self._settings
         self._tls = self._tls or tls_context(Path(settings.ca) if settings.ca else None)
         plain = image.host in settings.plain_http
@@ -163,8 +173,8 @@ class Transfers:
             plain=plain,
             private=plain or names_host(self._config.policy.push, image.host),
             how_to_allow=f"; an operator may name the registry: {self._config.how_to_allow('push', pattern)}",
-            patience=self._patience,
-            resolve=self._resolve,
+            patience=self._patience or PATIENCE,
+            resolve=self._resolve or resolve,
             max_parallel=settings.max_parallel,
         )
 
@@ -184,8 +194,10 @@ class Transfers:
     # -- save
 
     @contextmanager
-    def opened(self, names: Sequence[str], stop: StopSignal) -> Iterator[list[SavedImage]]:
+    def opened(self, names: Sequence[str], stop: StopSignal) -> "Iterator[list[SavedImage]]":
         """Images for an archive, held while the block lasts; one with several of the names comes once. Blocking."""
+        from .archive_store import open_image
+
         with ExitStack() as held:
             found: dict[str, SavedImage] = {}
             for name in names:
@@ -197,7 +209,7 @@ class Transfers:
             yield list(found.values())
 
 
-def load_result(loaded: Loaded) -> dict[str, Any]:
+def load_result(loaded: "Loaded") -> dict[str, Any]:
     """What the completion of a `load_image` tells."""
     result: dict[str, Any] = {
         "digest": loaded.images[0].digest,
@@ -208,22 +220,9 @@ def load_result(loaded: Loaded) -> dict[str, Any]:
     return result
 
 
-def push_result(pushed: Pushed) -> dict[str, Any]:
+def push_result(pushed: "Pushed") -> dict[str, Any]:
     """What the completion of a `push_image` tells."""
     return {"digest": pushed.digest, "sent": pushed.sent, "bytes": pushed.bytes}
-
-
-def parcel_of(image: SavedImage, mount_from: str | None = None) -> Parcel:
-    return Parcel(
-        media_type=image.media_type or MANIFEST_TYPE,
-        manifest=_outgoing(image.manifest),
-        blobs=tuple(_outgoing(blob) for blob in (image.config, *image.layers)),
-        mount_from=mount_from,
-    )
-
-
-def _outgoing(blob: SavedBlob) -> Outgoing:
-    return Outgoing(digest=blob.digest, size=blob.size, content=blob.content)
 
 
 class _Progress:
@@ -235,7 +234,7 @@ class _Progress:
         self._sizes: dict[str, int] = {}
         self._done: dict[str, int] = {}
 
-    def plan(self, parcel: Parcel) -> None:
+    def plan(self, parcel: "Parcel") -> None:
         self._sizes = {blob.digest: blob.size for blob in parcel.blobs}
 
     def report(self, digest: str, done: int) -> None:

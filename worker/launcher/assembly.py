@@ -41,9 +41,9 @@ def assemble(
     build: str,
     log: Log,
     before: dict[str, Any] | None = None,
-) -> Loop:
-    """The loop of a launcher that owns `place` and listens already. `before` are the tables of one before
-    it. `build` is what the worker calls this code.
+) -> tuple[Loop, Control]:
+    """The loop of a launcher that owns `place` and listens already, and who speaks for it. `before` are the tables of
+    one before it. `build` is what the worker calls this code.
     """
     signals = Signals()
     table.hide_memory()
@@ -112,7 +112,7 @@ def assemble(
     }
     Launcher(host, control, signals, sandboxes, spares, containers, replacement, described, place.abandoned)
     place.describe({**described, "socket": place.socket, "protocol": [PROTOCOL_MIN, PROTOCOL_MAX]})
-    return loop
+    return loop, control
 
 
 def _open_groups(place: Place, sandboxes: Sandboxes, log: Log) -> Groups | None:

@@ -42,6 +42,7 @@ class Channel:
         self.on_frame = on_frame
         self.on_closed = on_closed
         self._last = False
+        self._parting = False
         self._deaf = False
         self._out: list[tuple[bytes, Sequence[int]]] = []
         self._waiting = 0
@@ -69,6 +70,21 @@ class Channel:
         """Send a frame and close as soon as all is sent."""
         self._last = True
         self.send(message)
+
+    def part(self) -> None:
+        """Heed and say no more, but close only after the peer has: to write to a socket that is closed already is an
+        error, with which the peer would lose whatever it has not read yet.
+        """
+        self.on_frame = _unheard
+        self._deaf = self._parting = True
+        if not self._out:
+            self._end_of_speech()
+
+    def _end_of_speech(self) -> None:
+        try:
+            self.sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            return  # the peer is gone: reading tells
 
     def close(self) -> None:
         """Close without a call of `on_closed`."""
@@ -138,6 +154,8 @@ class Channel:
         if self._last and not self._out:
             self.close()
             return
+        if self._parting and not self._out:
+            self._end_of_speech()
         self._loop.want_write(self.fd, bool(self._out))
 
     def _send(self, data: bytes, fds: Sequence[int]) -> int:
@@ -145,6 +163,10 @@ class Channel:
             return self.sock.send(data)
         rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))
         return self.sock.sendmsg([data], [rights])
+
+
+def _unheard(message: dict[str, Any]) -> None:
+    """Nobody heeds it."""
 
 
 def _close_all(fds: Sequence[int]) -> None:

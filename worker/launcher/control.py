@@ -28,6 +28,7 @@ _HELLO_S = 5.0
 _MAX_STRANGERS = 16
 _ACCEPTS = 16
 _ACCEPT_AGAIN_S = 0.5
+_PARTING_S = 5.0
 
 Log = Callable[[str], None]
 
@@ -107,7 +108,8 @@ class Control:
     # -- connections
 
     def _listen(self) -> None:
-        self.loop.add(self._listener.fileno(), self._accept)
+        if self._listener.fileno() >= 0:
+            self.loop.add(self._listener.fileno(), self._accept)
 
     def _accept(self, mask: int) -> None:
         for _ in range(_ACCEPTS):
@@ -148,6 +150,21 @@ class Control:
         """End every connection; whoever needs one makes another."""
         for client in list(self.clients):
             client.drop()
+
+    def part(self) -> None:
+        """Take leave of everybody: what was said is heard out, nothing more is done. Takes as long as the slowest peer,
+        but not longer than `_PARTING_S`.
+        """
+        self.loop.remove(self._listener.fileno())
+        self._listener.close()
+        for client in list(self.clients):
+            if client.trusted:
+                client.channel.part()
+            else:
+                client.drop()
+        self.loop.timers.after(_PARTING_S, self.drop_clients)
+        while self.clients:
+            self.loop.run_once()
 
     # -- requests
 

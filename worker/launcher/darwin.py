@@ -11,7 +11,7 @@ import os
 import resource
 import socket
 import struct
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 from worker.launcher.processes import Process
 from worker.platform.darwin.libproc import SSTOP, Entry, LibProc
@@ -42,6 +42,10 @@ class DarwinSystem:
 
     def adopt_orphans(self) -> None:
         """Not possible here; `exact` is false."""
+
+    def fence(self, outsider: int) -> Callable[[], None] | None:
+        """Not possible here."""
+        return None
 
     def heed_hidden_signals(self) -> None:
         """There are none."""

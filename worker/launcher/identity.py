@@ -111,10 +111,14 @@ class Place:
         return (there.st_dev, there.st_ino) != (ours.st_dev, ours.st_ino)
 
     def leave(self) -> None:
-        """Take the socket and the file away, unless the directory is another one's by now."""
+        """Take the socket and the file away, unless the directory is another one's by now; then another launcher may
+        have it.
+        """
         if not self.abandoned():
             _unlink(self.socket)
             _unlink(self.path("json"))
+        for lock in (self.lock, self.trees):
+            os.close(lock)
 
     def open_log(self) -> int:
         return os.open(self.path("log"), _RW | os.O_APPEND, 0o600)

@@ -138,7 +138,8 @@ class Launcher:
             if items:
                 self._control.tell({"event": "output", "items": items})
         if self._shutdown is not None and not self._live():
-            for reply in self._shutdown:
+            waiting, self._shutdown = self._shutdown, []
+            for reply in waiting:
                 reply.ok()
             self._loop.stopped = True
 
@@ -152,6 +153,8 @@ class Launcher:
 
     def _check_abandoned(self) -> None:
         """A launcher whose data directory was deleted can be found by nobody; it ends when nothing runs."""
+        if self._loop.stopped:
+            return
         if self._abandoned() and not self._live():
             self._host.log("the data directory is gone; nothing runs; ending")
             self._loop.stopped = True

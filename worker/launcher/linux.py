@@ -13,6 +13,7 @@ import struct
 from collections.abc import Callable, Collection
 
 from worker.launcher.processes import ROLES, Process
+from worker.platform.linux import landlock
 from worker.platform.linux.libc import prctl, syscall
 
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_SET_NAME, _PR_SET_CHILD_SUBREAPER = 1, 4, 15, 36
@@ -43,6 +44,22 @@ class LinuxSystem:
 
     def adopt_orphans(self) -> None:
         prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+    def fence(self, outsider: int) -> Callable[[], None] | None:
+        """By a Landlock domain: every descendant inherits it, whoever its parents are, and kill(2) of -1, which
+        the kernel does in one pass that no fork escapes (`copy_process` fails when a fatal signal is pending),
+        reaches only processes that may be signalled.
+        """
+        try:
+            known = _pidfd_open(outsider)
+        except OSError:
+            return None  # it has ended, or this kernel is older than any with that domain
+        try:
+            if _may_signal(known) and landlock.keep_signals_inside() and _may_signal(known) is False:
+                return _kill_all
+        finally:
+            os.close(known)
+        return None
 
     def heed_hidden_signals(self) -> None:
         number = _RT_SIGACTION.get(os.uname().machine)
@@ -170,6 +187,25 @@ class LinuxSystem:
 
     def descriptor_limit(self) -> int:
         return resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+
+
+def _may_signal(pidfd: int) -> bool | None:
+    """None when the process has ended."""
+    try:
+        _pidfd_send_signal(pidfd, 0)
+    except PermissionError:
+        return False
+    except ProcessLookupError:
+        return None
+    return True
+
+
+def _kill_all() -> None:
+    """Only for a process behind a fence that was tried: elsewhere this ends everything of the user."""
+    try:
+        os.kill(-1, signal.SIGKILL)
+    except ProcessLookupError:
+        return  # not even somebody out of reach is there
 
 
 def _close_listed(keep: Collection[int]) -> None:

@@ -7,6 +7,7 @@ import sys
 from typing import Any, NamedTuple
 
 from worker.launcher.assembly import assemble
+from worker.launcher.control import Control
 from worker.launcher.identity import EXIT_ALREADY_RUNNING, AlreadyRunning, Log, Place
 from worker.launcher.loop import Loop
 from worker.launcher.processes import System, system
@@ -147,7 +148,7 @@ def serve(options: Options, place: Place, host: Machine, told: int) -> int:
         _become_quiet(place, foreground=options.foreground)
         if not place.await_old_trees():
             _log(options)("processes of an earlier launcher are still alive; starting beside them")
-        loop = _assemble(options, place, host, place.listen(), None)
+        parts = _assemble(options, place, host, place.listen(), None)
     except OSError as failure:
         text = f"the launcher cannot start in {place.data_dir}: {failure}\n"
         os.write(told, text.encode(errors="replace"))
@@ -155,8 +156,7 @@ def serve(options: Options, place: Place, host: Machine, told: int) -> int:
     if not options.foreground:
         os.write(told, _READY)
         os.close(told)
-    loop.run()
-    place.leave()
+    _run(place, *parts)
     return 0
 
 
@@ -169,16 +169,22 @@ def resume(options: Options, place: Place, host: Machine, tables: int) -> int:
         os.set_inheritable(fd, False)
     os.umask(0o077)
     os.environ.clear()
-    loop = _assemble(options, place, host, socket.socket(fileno=held["listener"]), before)
+    parts = _assemble(options, place, host, socket.socket(fileno=held["listener"]), before)
     _log(options)("replaced by newer code")
+    _run(place, *parts)
+    return 0
+
+
+def _run(place: Place, loop: Loop, control: Control) -> None:
+    """Until the end, the leave-taking included: whoever learns of it then may start another launcher at once."""
     loop.run()
     place.leave()
-    return 0
+    control.part()
 
 
 def _assemble(
     options: Options, place: Place, host: Machine, listener: socket.socket, before: dict[str, Any] | None
-) -> Loop:
+) -> tuple[Loop, Control]:
     return assemble(
         place,
         listener,

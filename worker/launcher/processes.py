@@ -7,7 +7,7 @@ descends from the root, now or by the unique ids of its first parents, and whoev
 
 import os
 import socket
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import NamedTuple, Protocol
 
 ROLES = ("main", "fork", "shim")
@@ -38,6 +38,14 @@ class System(Protocol):
 
     def adopt_orphans(self) -> None:
         """Make this process the parent of every descendant that loses its own."""
+
+    def fence(self, outsider: int) -> Callable[[], None] | None:
+        """Shut this process in with all that it will start: none of them can signal anybody else any more.
+
+        Gives what then kills all of them but itself at one stroke, wherever they are by now; None where the
+        kernel cannot. `outsider` is a process of the same user: only when it cannot be signalled from in here,
+        and could be before, is the fence believed in.
+        """
 
     def heed_hidden_signals(self) -> None:
         """Undo an ignoring of signals that the language cannot name and every program would inherit: GNU make

@@ -1,9 +1,10 @@
 """Killing a whole tree until nothing of it is left, whatever it does meanwhile.
 
-First everything that a scan finds is stopped, until a scan finds nothing new; only then all of it is
-killed, the newest first. A process with a pending signal cannot complete a fork (the kernel restarts it),
-so what is stopped cannot multiply, and what it holds of the process limit stays taken: a fork bomb runs out
-of processes, not out of our sight. Every process is named by pid and start time.
+For where neither a fence (`System.fence`) nor a namespace lets the kernel do it at one stroke. First everything
+that a scan finds is stopped, until a scan finds nothing new; only then all of it is killed, the newest first.
+A process with a pending signal cannot complete a fork (the kernel restarts it), so what is stopped cannot
+multiply, and what it holds of the process limit stays taken: a fork bomb runs out of processes, not out of our
+sight. Every process is named by pid and start time.
 """
 
 import os
@@ -28,7 +29,7 @@ class Step(Enum):
 class TreeKiller:
     """Kills what `scan` shows, which must be processes below this one only.
 
-    `eager` lets this process take the processor from a crowd, for good.
+    `eager` lets this process take the processor from a crowd.
     """
 
     def __init__(self, table: System, scan: Callable[[], list[Process]], *, eager: bool) -> None:
@@ -46,7 +47,8 @@ class TreeKiller:
         can be signalled whole, because no other process can have or get these numbers.
         """
         if self._eager:
-            self._raise_priority()
+            self._eager = False
+            take_processor()
         if not self._asked:
             for leader in leaders:
                 _signal_group(leader, signal.SIGSTOP)
@@ -80,12 +82,13 @@ class TreeKiller:
         except PermissionError:
             return  # it has changed its user, by a privileged program; it stays found until it ends
 
-    def _raise_priority(self) -> None:
-        self._eager = False
-        try:
-            os.setpriority(os.PRIO_PROCESS, 0, -20)
-        except PermissionError:
-            return  # only root may; the scans converge without it, later
+
+def take_processor() -> None:
+    """Go before a crowd, for good."""
+    try:
+        os.setpriority(os.PRIO_PROCESS, 0, -20)
+    except PermissionError:
+        return  # only root may; without it all comes to the same end, later
 
 
 def _signal_group(leader: int, signum: int) -> None:

@@ -1,7 +1,8 @@
 """A container's small parent: forked from the launcher, never exec'd, so it costs its own few pages only.
 
-It is the subreaper of everything that the container starts, so the tree below it is exact. It forks the
-child that will be the program (ahead of need, see `spares`) and the `exec` sessions, passes signals to the
+It is the subreaper of everything that the container starts, so the tree below it is exact; and where the
+kernel can, it is shut in with all of that, so that one signal to everybody kills them at one stroke. It forks
+the child that will be the program (ahead of need, see `spares`) and the `exec` sessions, passes signals to the
 program, and when the program ends, when it is told to, or when the launcher is gone, it kills all that is
 left, reaps until it has no child, tells how the program ended, and exits.
 
@@ -29,9 +30,9 @@ from worker.launcher.gates import Gates
 from worker.launcher.processes import Process, System
 from worker.launcher.program import Birth, Failure, Inherited, read_report, run_now, run_ordered
 from worker.launcher.protocol import FrameBuffer, decode_body, encode_body, frame
-from worker.launcher.reaper import Step, TreeKiller, belonging, exit_code
+from worker.launcher.reaper import Step, TreeKiller, belonging, exit_code, take_processor
 from worker.launcher.report import read_report_end, report_ends, taken_place
-from worker.launcher.sandbox import Sandboxes
+from worker.launcher.sandbox import PLAIN, Sandboxes
 
 _EXITED = b'{"t":"exited","code":%d,"at":%d,"cpu_usec":%d,"main_cpu_usec":%d,"max_rss":%d,"outgrew":%d}'
 PLAN_START = b'{"t":"plan",'
@@ -105,9 +106,13 @@ class Shim:
         self._plan = b""
         self._childless = False
         self._ending = False
+        # Those of a container with a root of its own die with its process namespace.
+        self._stroke = self._table.fence(arguments.launcher) if arguments.kind == PLAIN else None
 
     def run(self) -> None:
         args = self._args
+        # Before there is anybody: a program may have forked and ended before this process gets to run again.
+        self._table.adopt_orphans()
         # First, because every page that is written to later would be copied once more.
         if not self._start_main():
             os._exit(0)
@@ -119,7 +124,6 @@ class Shim:
         self._table.follow_parent(_PARENT_DIED)
         if not self._has_parent():
             os._exit(0)
-        self._table.adopt_orphans()
         self._table.name_process("shim")
         own = {0, 1, 2, self._sock.fileno(), wake_read, wake_write, *self._reports}
         own.update(spawned.held for spawned in self._spawned() if spawned.held is not None)
@@ -415,13 +419,16 @@ class Shim:
         told = time.monotonic()
         if self._init:
             os.kill(self._init, signal.SIGKILL)  # and the kernel all that is inside
-        killer.kill_groups(self._leaders())
+        if self._stroke is None:
+            killer.kill_groups(self._leaders())
+        else:
+            take_processor()
         while True:
             while self._collect():
                 pass
             if self._childless and self._table.exact:
                 return
-            step = killer.step(self._leaders())
+            step = self._kill_step(killer)
             if self._childless and step is Step.NOTHING:
                 return
             if step is not Step.STOPPED:
@@ -429,7 +436,13 @@ class Shim:
                 _drain(self._wake)
             if time.monotonic() - told > _ENDING_S:
                 told = time.monotonic()
-                self._send(t="ending", left=killer.found)
+                self._send(t="ending", left=len(self._members()))
+
+    def _kill_step(self, killer: TreeKiller) -> Step:
+        if self._stroke is None:
+            return killer.step(self._leaders())
+        self._stroke()
+        return Step.KILLED
 
     def _leaders(self) -> list[int]:
         """Leaders of sessions whose numbers cannot mean another process: they are not reaped yet."""

@@ -4,14 +4,16 @@ import asyncio
 import threading
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
-from .client import S3Client
-from .files import MirrorTree
+from .outcome import Outcome
 from .source import S3Credentials, S3Source
 from .state import MirrorState
-from .sync import MirrorPass, Outcome
+
+if TYPE_CHECKING:
+    from .sync import MirrorPass
 
 SETTLED = "settled"
 
@@ -84,6 +86,11 @@ class Mirror:
         owned: bool,
     ) -> Outcome:
         """One pass. Blocking. S3Failure, Stopped, OSError."""
+        # Here, in the thread of the first pass: a node without such volumes never needs any of it.
+        from .client import S3Client
+        from .files import MirrorTree
+        from .sync import MirrorPass
+
         stopped = self.stopped
         tree = MirrorTree(self.files, self.incoming, self.owner)
         try:
@@ -110,7 +117,7 @@ class Mirror:
         finally:
             tree.close()
 
-    def _record(self, state: MirrorState, one: MirrorPass, *, fetching: bool, owned: bool) -> Outcome:
+    def _record(self, state: MirrorState, one: "MirrorPass", *, fetching: bool, owned: bool) -> Outcome:
         if fetching:
             # Written down before the container can write: whoever finds the mirror later writes it back.
             state.put(SETTLED, "no")

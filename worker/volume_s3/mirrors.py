@@ -27,8 +27,8 @@ from worker.secret_files import SecretReader
 
 from .failures import NoRoom, S3Failure, Stopped
 from .mirror import Mirror, MirrorFile
+from .outcome import Outcome
 from .source import S3Credentials, S3Source, credentials_of, mirror_name
-from .sync import Outcome
 from .threads import in_daemon_thread
 
 PASSES_AT_A_TIME = 4
@@ -71,6 +71,10 @@ class Mirrors:
         self._first_retry_s = first_retry_s
         self._mirrors: dict[str, Mirror] = {}
         self._passes = asyncio.Semaphore(PASSES_AT_A_TIME)
+
+    def grant(self, config: Config) -> None:
+        """Go by the policy of `config` from now on."""
+        self._config = config
 
     # -- from one worker to the next
 

@@ -17,6 +17,7 @@ from .decide import Action, Side, decide
 from .failures import Changed, Missing, NoRoom, S3Failure, Unsettled
 from .files import InTheWay, MirrorTree
 from .keys import conflict_path, fold, folders_of, path_of, unusable
+from .outcome import Outcome
 from .patience import Patience
 from .source import S3Source
 from .state import Base, Intent, MirrorState, Sides, There
@@ -35,19 +36,6 @@ TICK_S = 0.02
 
 _MD5 = frozenset("0123456789abcdef")
 _WRITING = (Action.UPLOAD, Action.KEEP_BOTH, Action.DELETE_THERE)
-
-
-class Outcome(msgspec.Struct, kw_only=True):
-    """What a pass did. `notes` are names that are left alone, and why; `left` counts what must wait for another
-    pass; `kept_both` are the names that a container's version was given beside somebody else's."""
-
-    uploaded: int = 0
-    downloaded: int = 0
-    deleted_here: int = 0
-    deleted_there: int = 0
-    kept_both: list[str] = []
-    notes: dict[str, str] = {}
-    left: int = 0
 
 
 class MirrorPass:

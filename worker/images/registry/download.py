@@ -6,12 +6,8 @@ file came to its content, nor when its writer was killed.
 """
 
 import hashlib
-import math
 import os
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 

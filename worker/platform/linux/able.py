@@ -6,18 +6,19 @@ And whether its programs' descriptors can be had, which a container with a netwo
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 # Bare packages, as in the launcher: with the worker's own, third-party code would be loaded.
 _PROGRAM = """
-import sys
+import os, sys, tempfile
 for name in ("worker", "worker.platform", "worker.platform.linux"):
     sys.modules[name] = package = type(sys)(name)
     package.__path__ = [sys.argv[1] + "/" + name.replace(".", "/")]
 from worker.platform.linux import callers, rooted
 looking = callers.try_out()
-sys.stdout.write(rooted.try_out(sys.argv[2] == "user", sys.argv[3]) + "\\n" + looking)
+# A folder of this process's own: the worker may be killed meanwhile, and would leave it.
+with tempfile.TemporaryDirectory() as place:
+    sys.stdout.write(rooted.try_out(sys.argv[2] == "user", os.path.realpath(place)) + "\\n" + looking)
 """
 _PATIENCE_S = 10.0
 
@@ -62,14 +63,13 @@ def _try_out(kind: str) -> str:
     """The two reasons, a line each; empty where it works."""
     folder = str(Path(__file__).resolve().parents[3])
     try:
-        with tempfile.TemporaryDirectory() as place:
-            tried = subprocess.run(
-                [sys.executable, "-I", "-S", "-c", _PROGRAM, folder, kind, os.path.realpath(place)],
-                capture_output=True,
-                timeout=_PATIENCE_S,
-                check=False,
-                text=True,
-            )
+        tried = subprocess.run(
+            [sys.executable, "-I", "-S", "-c", _PROGRAM, folder, kind],
+            capture_output=True,
+            timeout=_PATIENCE_S,
+            check=False,
+            text=True,
+        )
     except (OSError, subprocess.TimeoutExpired) as failure:
         return f"it could not be tried: {failure}"
     if tried.returncode != 0:

@@ -1,7 +1,7 @@
 """The Linux driver: what this kernel can enforce, and the plan that enforces a policy."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -241,13 +241,13 @@ class LinuxDriver:
 
     def _system(self, policy: SandboxPolicy) -> tuple[system.SystemPath, ...]:
         rules = system.listed(policy.groups) if self._listed else system.system(policy.groups).rules
+        exposes = {folder: denied for denied in policy.deny for folder in _with_parents(denied)}
         for rule in rules:
-            for denied in policy.deny:
-                if denied == rule.path or denied.startswith(rule.path + "/"):
-                    raise Configuration(
-                        f"{denied} lies below {rule.path}, which every container may read ({rule.reason}); "
-                        "it must be moved out of there"
-                    )
+            if rule.path in exposes:
+                raise Configuration(
+                    f"{exposes[rule.path]} lies below {rule.path}, which every container may read ({rule.reason}); "
+                    "it must be moved out of there"
+                )
         return rules
 
     def _landlock(self, policy: SandboxPolicy) -> dict[str, Any]:
@@ -287,6 +287,13 @@ class LinuxDriver:
         )._asdict()
         # A launcher that is older than this worker does not know the words.
         return {name: value for name, value in options.items() if name not in ("gate", "ports") or value}
+
+
+def _with_parents(path: str) -> Iterator[str]:
+    """The path and every folder above it but the root."""
+    while path:
+        yield path
+        path = path.rpartition("/")[0]
 
 
 def _controllers() -> tuple[str, ...]:

@@ -86,7 +86,7 @@ class Listener:
     def waits(self, call: int) -> bool:
         """Whether it still does. If so, what was opened of its process before is that of no later one."""
         try:
-            fcntl.ioctl(self.fd, _IS_VALID, struct.pack("=Q", call))
+            _ask(self.fd, _IS_VALID, struct.pack("=Q", call))
         except OSError as failure:
             if failure.errno != errno.ENOENT:
                 raise
@@ -104,21 +104,33 @@ class Listener:
     def give(self, call: int, fd: int, *, cloexec: bool) -> None:
         """Put a descriptor into the caller and let its number be the call's result. OSError."""
         flags = os.O_CLOEXEC if cloexec else 0
-        fcntl.ioctl(self.fd, _ADD_DESCRIPTOR, _ADD.pack(call, _ADD_AND_ANSWER, fd, 0, flags))
+        _ask(self.fd, _ADD_DESCRIPTOR, _ADD.pack(call, _ADD_AND_ANSWER, fd, 0, flags))
 
     def replace(self, call: int, fd: int, number: int, *, cloexec: bool) -> None:
         """Put a descriptor into the caller in the place of its own `number`, as dup2 would. OSError."""
         flags = os.O_CLOEXEC if cloexec else 0
-        fcntl.ioctl(self.fd, _ADD_DESCRIPTOR, _ADD.pack(call, _REPLACE, fd, number, flags))
+        _ask(self.fd, _ADD_DESCRIPTOR, _ADD.pack(call, _REPLACE, fd, number, flags))
 
     def close(self) -> None:
         os.close(self.fd)
 
     def _send(self, answer: bytes) -> bool:
         try:
-            fcntl.ioctl(self.fd, _SEND, answer)
+            _ask(self.fd, _SEND, answer)
         except OSError as failure:
-            if failure.errno not in (errno.ENOENT, errno.EINTR):
+            if failure.errno != errno.ENOENT:
                 raise
             return False
         return True
+
+
+def _ask(fd: int, request: int, argument: bytes) -> None:
+    """Once more when a signal of this process's came between, such as a child's end: the kernel takes its lock, and
+    waits for the caller to take a descriptor, interruptibly, and has then done nothing (`seccomp_notify_addfd`).
+    """
+    while True:
+        try:
+            fcntl.ioctl(fd, request, argument)
+        except InterruptedError:
+            continue
+        return

@@ -186,13 +186,15 @@ _GATE = (Rule("connect", ASK, "to the host API, or on in the kernel: no unix soc
 _PORTS = (
     Rule("connect bind listen", ASK, "granted ports are the host's, others the container's own"),
     Rule("epoll_create epoll_create1", ASK, "is told only: sockets that are replaced may be in there"),
-    _refuse(
-        "setsockopt",
-        "TCP_ULP makes sockets that Landlock does not know",
-        Check(1, _ANY, _TCP),
-        Check(2, _ANY, _TCP_ULP),
-        code=errno.ENOENT,
-    ),
+)
+# By a name that stands in memory. Of the two that the kernel has, `tls` is a matter of speed; the errno is that of a
+# kernel with neither.
+_NO_ULP = _refuse(
+    "setsockopt",
+    "TCP_ULP turns a socket of TCP into one of SMC, which passes port rules by",
+    Check(1, _ANY, _TCP),
+    Check(2, _ANY, _TCP_ULP),
+    code=errno.ENOENT,
 )
 _ONE_LISTENER = _refuse(
     "seccomp",
@@ -209,6 +211,8 @@ def rules(options: Options) -> tuple[Rule, ...]:
         chosen += _PORTS
     elif options.asks:
         chosen += _GATE
+    if options.inet in ("tcp", "udp"):
+        chosen.append(_NO_ULP)
     if options.asks:
         chosen.append(_ONE_LISTENER)
     if not options.ipc:
