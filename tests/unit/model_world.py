@@ -17,22 +17,20 @@ import msgspec
 
 from schemas.status import Gpu
 from schemas.subjects import Subjects
-from worker.errors import Conflict, NotFound
+from tests.unit.model_launcher import CID, ModelLauncher
 from worker.handlers import CommandHandler
 from worker.images.model import ImageConfig
 from worker.journal import Tx
 from worker.journal_schema import MIGRATIONS
 from worker.records import ContainerRecord, decode_record
 from worker.runtime import Runtime
-from worker.supervisor import LauncherGone
-from worker.supervisor_types import ExitRecord, LaunchedContainer, LaunchFailed, Started, StartRequest
+from worker.supervisor_types import ExitRecord, LaunchedContainer, StartRequest
 
-CID, NODE, EPOCH, BOOT = "web-0", "n1", "01JDEPCH000000000000000000", "01JDB00T000000000000000000"
+NODE, EPOCH, BOOT = "n1", "01JDEPCH000000000000000000", "01JDB00T000000000000000000"
 START = datetime(2026, 11, 24, 12, tzinfo=UTC)
 SUBJECTS = Subjects()
 SPEC = {"image": {"name": "base"}, "command": {"entrypoint": ["/bin/true"]}}
 GONE_SPEC = {**SPEC, "lifecycle": {"delete_on_exit": True}}
-PORT = 20_000
 
 # Every command with its options, under the name it has in the model.
 COMMANDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -151,106 +149,6 @@ class Memory:
     async def read(self, function: Callable[[Tx], Any]) -> Any:
         await asyncio.sleep(0)
         return function(self.tx)
-
-
-class ModelLauncher:
-    """The launcher as its protocol describes it: it does what it was asked whether or not the asker still lives."""
-
-    def __init__(self, world: "World") -> None:
-        self._world = world
-        self._life = world.launcher_life
-
-    async def containers(self) -> list[LaunchedContainer]:
-        await self._asked("containers")
-        found = self._world.state.launched
-        return [] if found is None else [found]
-
-    async def reserve_port(self, cid: str, *, port: int | None = None) -> int:
-        await self._asked("reserve_port")
-        self._world.change(guarded=True)
-        return PORT
-
-    async def release_port(self, cid: str) -> None:
-        await self._asked("release_port")
-        self._world.change(guarded=False)
-
-    async def start(self, request: StartRequest) -> Started:
-        await self._asked("start")
-        world = self._world
-        if world.fails:
-            world.fails = False
-            raise LaunchFailed("exec: No such file or directory", step="exec", errno=2, detail="")
-        old, wanted = world.state.launched, (request.instance, request.run)
-        if old is not None and ((old.instance, old.run) == wanted or old.exit is None):
-            raise Conflict(f"run {old.run} is there")
-        made = LaunchedContainer(
-            cid=CID,
-            instance=request.instance,
-            run=request.run,
-            pid=100 + len(world.state.starts),
-            start_time=1,
-            started_at_us=1,
-            shim_pid=99,
-            shim_start_time=1,
-        )
-        world.change(launched=made, starts=(*world.state.starts, wanted))
-        await self._answers("start")
-        assert made.pid is not None
-        return Started(pid=made.pid, start_time=1, started_at_us=1, shim_pid=99, shim_start_time=1)
-
-    async def signal(self, cid: str, instance: str, run: int, signum: int) -> None:
-        await self._asked("signal")
-        if self._run(instance, run).exit is not None:
-            raise NotFound("it does not run")
-        self._world.change(signals=self._world.state.signals + 1)
-        if signum == 9:
-            self._world.end_program(-9)
-        await self._answers("signal")
-
-    async def stop(self, cid: str, instance: str, run: int, signum: int, timeout_s: float) -> ExitRecord:
-        await self._asked("stop")
-        self._run(instance, run)
-        await self._world.effect("the program is about to end")  # it takes its time
-        self._world.end_program(-signum, instance, run)
-        await self._answers("stop")
-        ended = self._run(instance, run).exit
-        assert ended is not None
-        return ended
-
-    async def kill_tree(self, cid: str, instance: str, run: int) -> ExitRecord | None:
-        await self._asked("kill_tree")
-        self._run(instance, run)
-        self._world.end_program(-9, instance, run)
-        await self._answers("kill_tree")
-        return self._run(instance, run).exit
-
-    async def forget(self, cid: str, instance: str) -> None:
-        await self._asked("forget")
-        found = self._world.state.launched
-        if found is None or found.instance != instance:
-            return
-        if found.exit is None:
-            raise Conflict("it runs")
-        self._world.change(launched=None)
-
-    def _run(self, instance: str, run: int) -> LaunchedContainer:
-        self._expect_alive()
-        found = self._world.state.launched
-        if found is None or (found.instance, found.run) != (instance, run):
-            raise NotFound(f"run {run} is not known")
-        return found
-
-    async def _asked(self, op: str) -> None:
-        await self._world.effect(op)
-        self._expect_alive()
-
-    async def _answers(self, op: str) -> None:
-        await self._world.effect(f"the answer to {op}")
-        self._expect_alive()
-
-    def _expect_alive(self) -> None:
-        if self._life != self._world.launcher_life or not self._world.state.launcher:
-            raise LauncherGone("the launcher is gone")
 
 
 class World:
