@@ -16,7 +16,6 @@ import signal
 import struct
 import time
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from .callers import Caller
 from .libc import function, last_error
@@ -36,14 +35,6 @@ _epoll_ctl = function("epoll_ctl")
 _epoll_ctl.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_char_p]
 
 
-class Entry(NamedTuple):
-    """In the program's set `epoll`."""
-
-    epoll: int
-    events: int
-    data: int
-
-
 class Epolls:
     """Of all programs of one container. To look costs as much as the program has descriptors, so it is remembered."""
 
@@ -57,17 +48,11 @@ class Epolls:
         self._made += 1
         self._last = time.monotonic()
 
-    def entries(self, pid: int, number: int, inode: int) -> list[Entry]:
-        """Where its socket stands. OSError when it is gone."""
+    def holding(self, pid: int, number: int, inode: int) -> list[int]:
+        """The program's sets in which its socket stands. OSError when it is gone."""
         if not self._made:
             return []
-        found = []
-        for epoll in self._sets(pid):
-            with open(f"/proc/{pid}/fdinfo/{epoll}", "rb") as info:
-                for target, events, data, where in _ENTRY.findall(info.read()):
-                    if int(target) == number and int(where, 16) == inode:
-                        found.append(Entry(epoll, int(events, 16), int(data, 16)))
-        return found
+        return [epoll for epoll in self._sets(pid) if _entry(f"/proc/{pid}", epoll, number, inode)]
 
     def _sets(self, pid: int) -> list[int]:
         made, known = self._known.get(pid, (0, []))
@@ -81,17 +66,40 @@ class Epolls:
         return known
 
 
-def put_in(caller: Caller, entries: list[Entry], number: int, new: int) -> None:
-    """Put this process's file `new` into the caller's sets, as its descriptor `number`. OSError."""
-    for entry in entries:
-        epoll = caller.descriptor(entry.epoll)
+def put_in(caller: Caller, sets: list[int], number: int, inode: int, new: int) -> None:
+    """Put this process's file `new` into the caller's sets, as its descriptor `number`, where the socket `inode` is.
+
+    Other threads may close their sets meanwhile, and open others under the same numbers. OSError.
+    """
+    for one in sets:
         try:
+            epoll = caller.descriptor(one)
+        except OSError as failure:
+            if failure.errno != errno.EBADF:
+                raise
+            continue
+        try:
+            entry = _entry("/proc/self", epoll, number, inode)
+            if entry is None:
+                continue
             with _under(number, new, epoll) as moved:
-                event = _EVENT.pack(entry.events, entry.data)
-                if _epoll_ctl(moved, _ADD, number, event) < 0:
+                if _epoll_ctl(moved, _ADD, number, _EVENT.pack(*entry)) < 0:
                     raise last_error()
         finally:
             os.close(epoll)
+
+
+def _entry(process: str, epoll: int, number: int, inode: int) -> tuple[int, int] | None:
+    """Events and data of a socket in a set. None where it is in none, which may be gone by now."""
+    try:
+        with open(f"{process}/fdinfo/{epoll}", "rb") as info:
+            found = _ENTRY.findall(info.read())
+    except FileNotFoundError:
+        return None
+    for target, events, data, where in found:
+        if int(target) == number and int(where, 16) == inode:
+            return int(events, 16), int(data, 16)
+    return None
 
 
 def _is_set(pid: int, number: int) -> bool:
@@ -112,6 +120,9 @@ def _under(number: int, fd: int, other: int) -> Iterator[int]:
     kept = []
     try:
         kept.append(fcntl.fcntl(other, fcntl.F_DUPFD_CLOEXEC, number + 1))
+        if fd == number:
+            yield kept[0]
+            return
         try:
             kept.append(fcntl.fcntl(number, fcntl.F_DUPFD_CLOEXEC, number + 1))
         except OSError as failure:
