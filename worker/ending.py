@@ -10,7 +10,7 @@ from schemas.decode import signal_number
 from schemas.spec import ServiceSpec
 from schemas.status import Reason, State
 from worker.container import ContainerActor
-from worker.errors import Conflict, NotFound, Unavailable
+from worker.errors import Conflict, NotFound, ResourceExhausted, Unavailable
 from worker.images.honoured import DEFAULT_STOP_SIGNAL
 from worker.lifecycle import LIVE, Trigger, next_state
 from worker.records import ContainerRecord, from_unix_us
@@ -19,6 +19,8 @@ from worker.supervisor import ExitRecord
 from worker.work import Work, now_utc
 
 WRITE_BACK_PATIENCE_S = 30.0
+# The launcher tries every second.
+WRITTEN_TIMEOUT_S, WRITTEN_POLL_S = 5.0, 0.1
 
 
 class Ender:
@@ -103,8 +105,8 @@ class Ender:
         if record is None:
             return
         services, status = self._services, record.status
+        await self._let_go(actor.cid, status.instance)
         await services.logs.spool(actor.cid, status.instance, services.data.container(actor.cid).state)
-        await self.forget(actor.cid, status.instance)
         await self.clear(actor.cid)
         services.dropped(status.instance)
         services.mirrors.released(status.instance)
@@ -126,11 +128,31 @@ class Ender:
         await services.in_thread(services.sweep_container, cid)
         services.images.let_go(cid)
 
+    async def _let_go(self, cid: str, instance: str) -> None:
+        """Have the launcher be done with its files, before they go. ResourceExhausted when the disk does not take the
+        end of its output.
+        """
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + WRITTEN_TIMEOUT_S
+        while True:
+            try:
+                await self._services.launcher.forget(cid, instance)
+            except ResourceExhausted:
+                if loop.time() > deadline:
+                    raise
+                await asyncio.sleep(WRITTEN_POLL_S)
+            except (Unavailable, NotFound, Conflict) as failure:
+                logger.debug("{} was forgotten already: {}", cid, failure.message)
+                return
+            else:
+                return
+
     async def forget(self, cid: str, instance: str) -> None:
         try:
             await self._services.launcher.forget(cid, instance)
-        except (Unavailable, NotFound, Conflict) as failure:
-            # Conflict: its next run has begun, and took the place of this one.
+        except (Unavailable, NotFound, Conflict, ResourceExhausted) as failure:
+            # Conflict: its next run has begun, and took the place of this one. ResourceExhausted: the end of its output
+            # is not on the disk yet; a next run, or the remove, sees to it.
             logger.debug("{} was forgotten already: {}", cid, failure.message)
 
     async def apply_exit(self, actor: ContainerActor, ended: ExitRecord) -> None:

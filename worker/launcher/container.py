@@ -278,7 +278,7 @@ class Container:
         for stream in self.streams.values():
             self.host.capture.announce(stream)
         if self.unwritten is not None:
-            self.host.loop.timers.after(_RECORD_RETRY_S, lambda: self.resume_writing(left))
+            self.host.loop.timers.after(_RECORD_RETRY_S, lambda: self.resume_writing(self.unwritten))
 
     def _dismiss(self) -> None:
         """The shim has said all that it will."""

@@ -220,6 +220,7 @@ class Launcher:
                 return
             if same or old.live:
                 raise Refused(CONFLICT, f"run {old.identity.run} of {identity.cid} is {old.phase.value}")
+            _check_written(old)
         self._require_room(PER_RUN)
         container = Container(self._host, identity, self._writers(identity, old))
         if old is not None:
@@ -314,6 +315,7 @@ class Launcher:
             return
         if container.live:
             raise Refused(CONFLICT, f"{cid} is {container.phase.value}")
+        _check_written(container)
         del self.containers[cid]
         container.dispose()
         reply.ok(forgotten=True)
@@ -339,3 +341,9 @@ class Launcher:
                 container.ending.kill_tree(None, SHUTDOWN)
         if reply is not None:
             self._shutdown.append(reply)
+
+
+def _check_written(container: Container) -> None:
+    """It is tried again all the time; who forgets the run meanwhile would leave its output without an end."""
+    if container.unwritten is not None:
+        raise Refused(EXHAUSTED, f"the end of the output of {container.cid} is not written: the disk is full")
