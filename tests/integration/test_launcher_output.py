@@ -18,7 +18,7 @@ from tests.integration.launcher_help import (
     read_stream,
     until,
 )
-from worker.errors import Conflict, Unavailable
+from worker.errors import Conflict, ResourceExhausted, Unavailable
 from worker.launcher.segments import MARK
 from worker.supervisor import ExecRequest, Launcher, LaunchFailed
 
@@ -107,6 +107,27 @@ async def test_a_disk_error_never_blocks(home: Home, launcher: Launcher, heard: 
         del kept[offset : offset + length]
     assert bytes(kept) == content.data
     assert content.ends[-1].run == 1
+
+
+async def test_a_run_whose_end_the_disk_does_not_take_is_not_forgotten(
+    home: Home, launcher: Launcher, heard: Hearing
+) -> None:
+    prlimit = vars(resource)["prlimit"]
+    await launcher.start(home.shell("a-0", "while [ ! -e go ]; do sleep 0.01; done", cwd=str(home.root)))
+    prlimit(launcher.pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+    (home.root / "go").touch()
+    await heard.exit_of("a-0")
+    with pytest.raises(ResourceExhausted, match="the end of the output of a-0"):
+        await launcher.forget("a-0", "I")
+    with pytest.raises(ResourceExhausted, match="the end of the output of a-0"):
+        await launcher.start(home.shell("a-0", "true", run=2))
+    prlimit(launcher.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    await until(lambda: [end.run for end in read_stream(home.state("a-0"), "stdout").ends] == [1])
+    await launcher.start(home.shell("a-0", "echo next", run=2))
+    await heard.exit_of("a-0", 2)
+    await launcher.forget("a-0", "I")
+    content = read_stream(home.state("a-0"), "stdout")
+    assert (content.data, [end.run for end in content.ends]) == (b"next\n", [1, 2])
 
 
 async def test_offsets_go_on_with_the_next_run(home: Home, launcher: Launcher, heard: Hearing) -> None:
