@@ -20,6 +20,7 @@ from worker.bus import wire
 from worker.bus.connection import Bus
 from worker.bus.failures import NoAnswer, NoResponders, NotConnected
 from worker.bus.messages import Message
+from worker.bus.probe import Refused
 from worker.bus.server import EmbeddedServer
 from worker.errors import Configuration, Internal, ResourceExhausted, Unavailable
 
@@ -440,6 +441,32 @@ async def test_reconnect_subscriptions_and_listeners(start_server: ServerFactory
     await bus.publish("later", b"2")
     await until(lambda: len(got) == 2)
     assert sorted(got) == [b"1", b"later 2"]
+
+
+async def test_a_connection_that_breaks_while_all_is_subscribed_again(
+    start_server: ServerFactory, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = await start_server()
+    got: list[bytes] = []
+    async with Proxy(server.port) as proxy:
+        bus = await connect(proxy.url, node="n1")
+        await bus.subscribe("first", lambda message: got.append(message.data))
+        await bus.subscribe("second", lambda message: got.append(message.data))
+        resume, tries = bus._resume, 0
+
+        async def resume_and_break(client: wire.WireClient) -> None:
+            nonlocal tries
+            tries += 1
+            await resume(client)
+            if tries == 1:  # before anybody could notice
+                raise Refused("it broke just then")
+
+        monkeypatch.setattr(bus, "_resume", resume_and_break)
+        await proxy.break_all()
+        await until(lambda: bus.session == 2)
+        await bus.publish("first", b"1")
+        await bus.publish("second", b"2")
+        await until(lambda: sorted(got) == [b"1", b"2"])
 
 
 async def test_it_comes_back_when_the_server_closes_it_with_an_error(

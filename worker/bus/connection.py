@@ -285,6 +285,7 @@ class Bus:
             await self._resume(client)
         except BaseException:
             self._client = None
+            self._unsubscribed()  # those that came so far went with it
             await client.close()
             raise
         self.session += 1
@@ -339,11 +340,14 @@ class Bus:
         for future in self._pongs:
             if not future.done():
                 future.set_exception(NotConnected(why))
-        for subscription in self._subscriptions.values():
-            subscription.raw = None
+        self._unsubscribed()
         self._broken.set()
         if was_up:
             self._tell(False)
+
+    def _unsubscribed(self) -> None:
+        for subscription in self._subscriptions.values():
+            subscription.raw = None
 
     def _tell(self, connected: bool) -> None:
         for listener in list(self._listeners):
