@@ -310,6 +310,10 @@ class Runtime:
         if record.boot_id == self.services.boot_id:
             await self._await_death(record)
             await self._end_leftovers(actor.cid, record.status.instance)
+        now = None if actor.record is None else actor.record.status
+        same = now is not None and (now.instance, now.run) == (record.status.instance, record.status.run)
+        if now is None or now.state not in LIVE or not same:
+            return  # a start that was overtaken has told of its end meanwhile
         self.services.incomplete_logs(actor.cid, record.status.instance, record.status.run)
         await self.ender.lose(actor, reason, message)
         if record.spec.lifecycle.delete_on_exit:
