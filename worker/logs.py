@@ -211,16 +211,23 @@ class LogShipper:
     # -- seen from outside
 
     def backlog(self) -> list[Backlog]:
-        """Of every instance, in no order; nothing is read from the disk."""
+        """Of every instance, in no order."""
         return [
             Backlog(
                 source.cid,
                 source.instance,
-                sum(max(0, stream.end - self._cursors.stored(stream)) for stream in source.streams.values()),
+                sum(self._lag(stream) for stream in source.streams.values()),
                 sum(stream.lost_bytes for stream in source.streams.values()),
             )
             for source in self._sources.values()
         ]
+
+    def _lag(self, stream: LogStream) -> int:
+        """Only where some is known the disk is asked: the launcher tells of more when that was acknowledged."""
+        stored = self._cursors.stored(stream)
+        if stream.end <= stored:
+            return 0
+        return max(stream.end, captured_end(stream.source.folder, stream.name)) - stored
 
     @property
     def lost_bytes(self) -> int:
@@ -229,9 +236,13 @@ class LogShipper:
 
     async def caught_up(self) -> None:
         """Wait until all that is captured by now is stored."""
+        behind = []
         for source in list(self._sources.values()):
+            for (
+                stream
+            ) in source.streams.values():  # of the last of it, the launcher's notice may be on its way
+                behind.append((stream, max(stream.end, captured_end(source.folder, stream.name))))
             self._look(source)
-        behind = [(stream, stream.end) for stream in self._streams()]
         while True:
             behind = [
                 (stream, end)
