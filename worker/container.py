@@ -27,7 +27,7 @@ from schemas.errors import ContractError
 from schemas.events import CommandAccepted
 from schemas.status import ContainerStatus, State
 from worker.admission import admit
-from worker.errors import Conflict, Internal, NotFound, ResourceExhausted
+from worker.errors import Conflict, NotFound, ResourceExhausted, unforeseen
 from worker.journal import EventHead, Tx
 from worker.lifecycle import Trigger, Verdict, next_state
 from worker.records import ContainerRecord, encode_record
@@ -253,7 +253,7 @@ class ContainerActor:
             error = failure
         except Exception as failure:
             logger.exception("{} of {} failed", work.verb, self.cid)
-            error = Internal(f"{work.verb} failed: {failure!r}")
+            error = unforeseen(work.verb, failure)
         if not work.completed:
             await self._complete(work, error, result)
         if not aside:

@@ -19,6 +19,8 @@ ContractError                      (schemas.errors)
 └── Internal                       internal             a bug of ours
 """
 
+import errno
+
 from schemas.errors import ContractError, Error, ErrorCode, InvalidCommand, InvalidSpec, Unsupported
 
 __all__ = [
@@ -126,3 +128,11 @@ def from_wire(error: Error) -> ContractError:
     failure = _BY_CODE.get(error.code, ContractError)(error.message, field=error.field)
     failure.code = error.code
     return failure
+
+
+def unforeseen(verb: str, failure: Exception) -> ContractError:
+    """What a command ends in when something fails that nobody has a word for: the disk, or a bug of ours."""
+    if isinstance(failure, OSError) and failure.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" ({failure.filename})" if failure.filename else ""
+        return ResourceExhausted(f"{verb} failed: the disk is full{where}")
+    return Internal(f"{verb} failed: {failure!r}")

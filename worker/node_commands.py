@@ -25,7 +25,7 @@ from schemas.commands import (
 from schemas.errors import ContractError, Unsupported
 from schemas.events import ImageAction, NodeChanged
 from schemas.node import NodeInfo, NodeState
-from worker.errors import Conflict, DeadlineExceeded, Internal
+from worker.errors import Conflict, DeadlineExceeded, unforeseen
 from worker.ids import new_ulid
 from worker.image_upkeep import evict, prune, verify, write_pruned
 from worker.images.store import ImageInfo
@@ -106,7 +106,7 @@ class NodeCommands:
             error = failure
         except Exception as failure:
             logger.exception("{} failed", work.verb)
-            error = Internal(f"{work.verb} failed: {failure!r}")
+            error = unforeseen(work.verb, failure)
         await self._services.journal.transact(
             lambda tx: write_completion(tx, self._services.subjects, work, error=error, status=None)
         )
