@@ -134,26 +134,24 @@ class Ender:
         """
         loop = asyncio.get_running_loop()
         deadline = loop.time() + WRITTEN_TIMEOUT_S
-        while True:
-            try:
-                await self._services.launcher.forget(cid, instance)
-            except ResourceExhausted:
-                if loop.time() > deadline:
-                    raise
-                await asyncio.sleep(WRITTEN_POLL_S)
-            except (Unavailable, NotFound, Conflict) as failure:
-                logger.debug("{} was forgotten already: {}", cid, failure.message)
-                return
-            else:
-                return
+        while (kept := await self.forget(cid, instance)) is not None:
+            if loop.time() > deadline:
+                raise kept
+            await asyncio.sleep(WRITTEN_POLL_S)
 
-    async def forget(self, cid: str, instance: str) -> None:
+    async def forget(self, cid: str, instance: str) -> ResourceExhausted | None:
+        """Let the launcher forget a run. Why it does not: the end of the output is not on the disk yet, and it goes on
+        trying; a next run, or the remove, has to wait for that.
+        """
         try:
             await self._services.launcher.forget(cid, instance)
-        except (Unavailable, NotFound, Conflict, ResourceExhausted) as failure:
-            # Conflict: its next run has begun, and took the place of this one. ResourceExhausted: the end of its output
-            # is not on the disk yet; a next run, or the remove, sees to it.
+        except ResourceExhausted as failure:
+            logger.debug("{} is not forgotten yet: {}", cid, failure.message)
+            return failure
+        except (Unavailable, NotFound, Conflict) as failure:
+            # Conflict: its next run has begun, and took the place of this one.
             logger.debug("{} was forgotten already: {}", cid, failure.message)
+        return None
 
     async def apply_exit(self, actor: ContainerActor, ended: ExitRecord) -> None:
         """The program ended: tell it once, whoever brings the news, and let the launcher forget it."""

@@ -16,7 +16,7 @@ from schemas.node import NodeState
 from schemas.status import ContainerStatus, Reason, State
 from worker.container import ContainerActor
 from worker.datadir import ContainerDirs
-from worker.errors import Conflict, NotFound, Unavailable
+from worker.errors import NotFound, Unavailable
 from worker.expiry import Expiry
 from worker.ids import new_ulid
 from worker.journal import Tx
@@ -48,7 +48,7 @@ class Runtime:
         self.starter = self.operations.starter
         self._actors: dict[str, ContainerActor] = {}
         self._tasks: asyncio.TaskGroup | None = None
-        self._running: set[asyncio.Task[None]] = set()
+        self._running: set[asyncio.Task[Any]] = set()
         self._strangers: list[LaunchedContainer] = []
         self._leaving: list[str] | None = []  # None once each may leave when its time has come
         self._expiry = Expiry(self._expire)
@@ -70,7 +70,7 @@ class Runtime:
                 for task in self._running:
                     task.cancel()
 
-    def spawn(self, work: Coroutine[Any, Any, None], name: str) -> None:
+    def spawn(self, work: Coroutine[Any, Any, object], name: str) -> None:
         if self._tasks is None:
             work.close()
             return
@@ -174,7 +174,7 @@ class Runtime:
     def on_exit(self, ended: ExitRecord) -> None:
         actor = self._actors.get(ended.cid)
         if actor is None:
-            self.spawn(self._forget(ended.cid, ended.instance), f"forget {ended.cid}")
+            self.spawn(self.ender.forget(ended.cid, ended.instance), f"forget {ended.cid}")
         else:
             self.spawn(self.ender.apply_exit(actor, ended), f"exit {ended.cid}")
 
@@ -182,12 +182,6 @@ class Runtime:
         actor = self._actors.get(cid)
         if actor is not None:
             self.spawn(self.ender.over_memory(actor, used_bytes), f"memory {cid}")
-
-    async def _forget(self, cid: str, instance: str) -> None:
-        try:
-            await self.services.launcher.forget(cid, instance)
-        except (NotFound, Unavailable, Conflict) as failure:
-            logger.debug("{} was forgotten already: {}", cid, failure.message)
 
     # -- adoption
 
@@ -264,7 +258,7 @@ class Runtime:
         if finding.stranger and found is not None:
             self._strangers.append(found)
         if finding.forget:
-            await self._forget(actor.cid, status.instance)
+            await self.ender.forget(actor.cid, status.instance)
         if finding.leaves:
             self._remove_later(actor.cid)
         if finding.began:
@@ -300,7 +294,7 @@ class Runtime:
                 await self.services.launcher.kill_tree(stranger.cid, stranger.instance, stranger.run)
         except (NotFound, Unavailable) as failure:
             logger.warning("{} could not be ended: {}", stranger.cid, failure.message)
-        await self._forget(stranger.cid, stranger.instance)
+        await self.ender.forget(stranger.cid, stranger.instance)
 
     async def _lose(self, actor: ContainerActor, reason: Reason, message: str) -> None:
         """Report a run whose outcome is unknown, after no process of it is left."""
