@@ -15,9 +15,12 @@ import os
 import random
 import struct
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from worker.platform.base import FolderLimits
+from worker.platform.descent import OPEN_DIRECTORY
 
 from .libc import syscall
 from .privileges import drop_capabilities
@@ -50,17 +53,9 @@ class Subvolumes:
             fcntl.ioctl(parent, _SUBVOL_CREATE, bytearray(struct.pack("=q4088s", 0, name)))
         finally:
             os.close(parent)
-        try:
-            fd = _open(folder)
-            try:
-                # The group of the subvolume itself is number 0.
-                fcntl.ioctl(fd, _QGROUP_LIMIT, struct.pack("=6Q", 0, _MAX_REFERENCED, size_bytes, 0, 0, 0))
-                os.fchmod(fd, mode)
-            finally:
-                os.close(fd)
-        except BaseException:
-            os.rmdir(folder)
-            raise
+        with _filling(folder, mode) as fd:
+            # The group of the subvolume itself is number 0.
+            fcntl.ioctl(fd, _QGROUP_LIMIT, struct.pack("=6Q", 0, _MAX_REFERENCED, size_bytes, 0, 0, 0))
 
 
 class Projects:
@@ -68,20 +63,12 @@ class Projects:
 
     def make(self, folder: Path, size_bytes: int, mode: int) -> None:
         folder.mkdir()
-        try:
-            fd = _open(folder)
-            try:
-                project = _free_project(fd)
-                _set_limit(fd, project, size_bytes)
-                before = _ATTRIBUTES.unpack(fcntl.ioctl(fd, _GET_ATTRIBUTES, bytes(_ATTRIBUTES.size)))
-                after = (before[0] | _INHERIT_PROJECT, *before[1:3], project, *before[4:])
-                fcntl.ioctl(fd, _SET_ATTRIBUTES, _ATTRIBUTES.pack(*after))
-                os.fchmod(fd, mode)
-            finally:
-                os.close(fd)
-        except BaseException:
-            os.rmdir(folder)
-            raise
+        with _filling(folder, mode) as fd:
+            project = _free_project(fd)
+            _set_limit(fd, project, size_bytes)
+            before = _ATTRIBUTES.unpack(fcntl.ioctl(fd, _GET_ATTRIBUTES, bytes(_ATTRIBUTES.size)))
+            after = (before[0] | _INHERIT_PROJECT, *before[1:3], project, *before[4:])
+            fcntl.ioctl(fd, _SET_ATTRIBUTES, _ATTRIBUTES.pack(*after))
 
 
 def find_limits(place: Path) -> FolderLimits | None:
@@ -130,8 +117,19 @@ def _is_refused(file: Path) -> bool:
         os.unlink(file)
 
 
-def _open(folder: Path) -> int:
-    return os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+@contextmanager
+def _filling(folder: Path, mode: int) -> Iterator[int]:
+    """A new folder, open while it is given its limit; it gets its mode then, or goes again when that fails."""
+    try:
+        fd = os.open(folder, OPEN_DIRECTORY)
+        try:
+            yield fd
+            os.fchmod(fd, mode)
+        finally:
+            os.close(fd)
+    except BaseException:
+        os.rmdir(folder)
+        raise
 
 
 def _free_project(fd: int) -> int:
