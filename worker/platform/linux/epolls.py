@@ -48,13 +48,10 @@ class Epolls:
         self._made += 1
         self._last = time.monotonic()
 
-    def holding(self, pid: int, number: int, inode: int) -> list[int]:
-        """The program's sets in which its socket stands. OSError when it is gone."""
+    def of(self, pid: int) -> list[int]:
+        """The program's sets. OSError when it is gone."""
         if not self._made:
             return []
-        return [epoll for epoll in self._sets(pid) if _entry(f"/proc/{pid}", epoll, number, inode)]
-
-    def _sets(self, pid: int) -> list[int]:
         made, known = self._known.get(pid, (0, []))
         if made == self._made and all(_is_set(pid, number) for number in known):
             return known
@@ -79,7 +76,7 @@ def put_in(caller: Caller, sets: list[int], number: int, inode: int, new: int) -
                 raise
             continue
         try:
-            entry = _entry("/proc/self", epoll, number, inode)
+            entry = _entry(epoll, number, inode)
             if entry is None:
                 continue
             with _under(number, new, epoll) as moved:
@@ -89,13 +86,10 @@ def put_in(caller: Caller, sets: list[int], number: int, inode: int, new: int) -
             os.close(epoll)
 
 
-def _entry(process: str, epoll: int, number: int, inode: int) -> tuple[int, int] | None:
-    """Events and data of a socket in a set. None where it is in none, which may be gone by now."""
-    try:
-        with open(f"{process}/fdinfo/{epoll}", "rb") as info:
-            found = _ENTRY.findall(info.read())
-    except FileNotFoundError:
-        return None
+def _entry(epoll: int, number: int, inode: int) -> tuple[int, int] | None:
+    """Events and data of the caller's socket in a set of which this process has a duplicate; None: not in there."""
+    with open(f"/proc/self/fdinfo/{epoll}", "rb") as info:
+        found = _ENTRY.findall(info.read())
     for target, events, data, where in found:
         if int(target) == number and int(where, 16) == inode:
             return int(events, 16), int(data, 16)

@@ -299,7 +299,7 @@ class NetGate:
     def _put(self, target: Target, caller: Caller, new: socket.socket, *, blocks: bool) -> None:
         """Put a socket in the place of the program's own, also where the program waits for events. OSError."""
         new.setblocking(blocks)
-        sets = self.outside.epolls.holding(target.pid, target.number, target.inode)
+        sets = self.outside.epolls.of(target.pid)
         put_in(caller, sets, target.number, target.inode, new.fileno())
         cloexec = caller.closes_on_exec(target.number)
         self._listener.replace(target.call, new.fileno(), target.number, cloexec=cloexec)
