@@ -7,7 +7,7 @@ from bisect import bisect_left
 from pathlib import Path
 from typing import NamedTuple
 
-from worker.capture_files import STREAMS
+from worker.capture_files import STREAMS, captured_end
 from worker.capture_reader import CaptureReader, Span
 from worker.log_chunks import (
     MAX_CHUNK_BYTES,
@@ -107,6 +107,10 @@ class LogStream:
     def end(self) -> int:
         """Where the captured output ends, as far as is known without looking into the files."""
         return max(self.known_end, self.captured, self.reader.offset)
+
+    def end_in_files(self) -> int:
+        """The same with a look: the launcher tells of more only when what it told of before is acknowledged."""
+        return max(self.end, captured_end(self.source.folder, self.name))
 
     def look_thoroughly(self) -> None:
         self._thorough = True

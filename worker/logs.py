@@ -223,11 +223,9 @@ class LogShipper:
         ]
 
     def _lag(self, stream: LogStream) -> int:
-        """Only where some is known the disk is asked: the launcher tells of more when that was acknowledged."""
+        """Only where some is known the disk is asked for the rest."""
         stored = self._cursors.stored(stream)
-        if stream.end <= stored:
-            return 0
-        return max(stream.end, captured_end(stream.source.folder, stream.name)) - stored
+        return stream.end_in_files() - stored if stream.end > stored else 0
 
     @property
     def lost_bytes(self) -> int:
@@ -236,13 +234,9 @@ class LogShipper:
 
     async def caught_up(self) -> None:
         """Wait until all that is captured by now is stored."""
-        behind = []
         for source in list(self._sources.values()):
-            for (
-                stream
-            ) in source.streams.values():  # of the last of it, the launcher's notice may be on its way
-                behind.append((stream, max(stream.end, captured_end(source.folder, stream.name))))
             self._look(source)
+        behind = [(stream, stream.end_in_files()) for stream in self._streams()]
         while True:
             behind = [
                 (stream, end)

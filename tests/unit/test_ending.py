@@ -24,7 +24,7 @@ class Launcher:
 
 
 def ender(launcher: Launcher) -> Ender:
-    return Ender(cast(Any, SimpleNamespace(launcher=launcher)))
+    return Ender(cast("Any", SimpleNamespace(launcher=launcher)))
 
 
 @pytest.mark.parametrize("answer", [None, NotFound("none"), Unavailable("gone"), Conflict("its next run")])
