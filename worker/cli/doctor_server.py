@@ -67,7 +67,12 @@ async def _reached(fleet: FleetClient, node: str | None) -> list[Finding]:
     streams = await stream_checks(fleet, node)
     findings += streams
     if all(finding.level != "fail" for finding in streams):
-        findings += [await clock_check(fleet), await nodes_check(fleet), *await delivery_checks(fleet)]
+        findings.append(await clock_check(fleet))
+        try:
+            nodes = sorted(presence.node for presence in await ask(bus, fleet.nodes()))
+        except NotAllowed:
+            return [*findings, _unknown("nodes", "not allowed to ask which are there")]
+        findings += [nodes_check(nodes), *await delivery_checks(fleet, nodes)]
     return findings
 
 
@@ -132,11 +137,7 @@ def _of_stream(finding: StreamFinding) -> Finding:
     return lack(level, finding.stream, finding.problem, finding.cost, "change it with nats stream edit")
 
 
-async def nodes_check(fleet: FleetClient) -> Finding:
-    try:
-        nodes = [presence.node for presence in await ask(fleet.bus, fleet.nodes())]
-    except NotAllowed:
-        return _unknown("nodes", "not allowed to ask which are there")
+def nodes_check(nodes: list[str]) -> Finding:
     if nodes:
         return ok("nodes", ", ".join(nodes))
     return lack("warn", "nodes", "none is there", "commands wait", "sandfleet worker, or sandfleet dev")
