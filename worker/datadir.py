@@ -23,7 +23,7 @@ from loguru import logger
 
 from schemas.subjects import parse_cid
 from schemas.values import NODE
-from worker.errors import Configuration, ContractError, CreateFailed, ResourceExhausted
+from worker.errors import Configuration, ContractError, CreateFailed, ResourceExhausted, is_out_of_space
 from worker.machine import default_data_dir, default_node_name, machine_boot_id, machine_id
 from worker.node_file import TEMPORARY, NodeFile, bind_node, replace_file, write_new_file, write_node_file
 from worker.short_sockets import fits, short_directory
@@ -48,7 +48,6 @@ _LAUNCHER_FILES = ("launcher.sock", "launcher.lock", "launcher.json", "launcher.
 _FILES = ("worker.lock", "node.json", "worker.db", "worker.db-wal", "worker.db-shm")
 _KNOWN = frozenset((*_DIRECTORIES, *_SECRET_FILES, *_FILES, *_LAUNCHER_FILES, "lost+found", ".DS_Store"))
 _KEY = re.compile(r"[0-9a-f]{64}\n?")
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class ContainerDirs:
@@ -71,7 +70,7 @@ class ContainerDirs:
             for directory in (self.root, self.tmp, self.state):
                 directory.mkdir(mode=0o700)
         except OSError as failure:
-            kind = ResourceExhausted if failure.errno in _FULL else CreateFailed
+            kind = ResourceExhausted if is_out_of_space(failure.errno) else CreateFailed
             raise kind(f"{failure.filename} cannot be made: {failure.strerror}") from failure
 
 

@@ -130,9 +130,14 @@ def from_wire(error: Error) -> ContractError:
     return failure
 
 
+def is_out_of_space(code: int | None) -> bool:
+    """Whether an errno says that the disk, or the user's part of it, is full."""
+    return code in (errno.ENOSPC, errno.EDQUOT)
+
+
 def unforeseen(verb: str, failure: Exception) -> ContractError:
     """What a command ends in when something fails that nobody has a word for: the disk, or a bug of ours."""
-    if isinstance(failure, OSError) and failure.errno in (errno.ENOSPC, errno.EDQUOT):
+    if isinstance(failure, OSError) and is_out_of_space(failure.errno):
         where = f" ({failure.filename})" if failure.filename else ""
         return ResourceExhausted(f"{verb} failed: the disk is full{where}")
     return Internal(f"{verb} failed: {failure!r}")

@@ -10,7 +10,6 @@ why nothing is sent twice or left out, stands in `log_chunks`.
 """
 
 import asyncio
-import errno
 import random
 import resource
 import time
@@ -24,7 +23,7 @@ from loguru import logger
 from schemas.errors import ContractError
 from schemas.subjects import Subjects
 from worker.capture_files import STREAMS, capture_files, captured_end, write_incomplete_eof
-from worker.errors import Internal, ResourceExhausted
+from worker.errors import Internal, ResourceExhausted, is_out_of_space
 from worker.log_chunks import Chunk, StoredChunk
 from worker.log_cursors import CursorJournal, Cursors
 from worker.log_queue import StreamQueue
@@ -185,10 +184,8 @@ class LogShipper:
         try:
             folder = self._spool.put(SpoolMeta(cid=cid, instance=instance, run=source.run), state_dir)
         except OSError as failure:
-            full = failure.errno in (errno.ENOSPC, errno.EDQUOT)
-            raise (ResourceExhausted if full else Internal)(
-                f"the log of {cid} cannot be moved from {state_dir}: {failure.strerror}"
-            ) from failure
+            kind = ResourceExhausted if is_out_of_space(failure.errno) else Internal
+            raise kind(f"the log of {cid} cannot be moved from {state_dir}: {failure.strerror}") from failure
         source.move_to(folder)
         source.closing = True
         self._look(source)

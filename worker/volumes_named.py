@@ -16,7 +16,7 @@ from pathlib import Path
 
 import msgspec
 
-from worker.errors import Conflict, CreateFailed, NotFound, ResourceExhausted
+from worker.errors import Conflict, CreateFailed, NotFound, ResourceExhausted, is_out_of_space
 from worker.ids import new_ulid
 from worker.images.trees import remove_tree
 from worker.node_file import replace_file
@@ -25,7 +25,6 @@ from worker.platform.descent import OPEN_DIRECTORY, Descent, Moved
 
 ABOUT = ".about"
 GONE = ".gone-"
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 _encode = msgspec.json.Encoder().encode
 
 
@@ -83,7 +82,7 @@ def make_named(folder: Path, size_bytes: int | None, limits: FolderLimits | None
             told = About(created_at=datetime.now(UTC), size_bytes=size_bytes, held=held)
             replace_file(about / folder.name, _encode(told))
         except OSError as failure:
-            kind = ResourceExhausted if failure.errno in _FULL else CreateFailed
+            kind = ResourceExhausted if is_out_of_space(failure.errno) else CreateFailed
             why = (
                 "is no directory" if failure.errno == errno.EEXIST else f"cannot be made: {failure.strerror}"
             )

@@ -16,12 +16,11 @@ from typing import Any, BinaryIO
 import msgspec
 
 from schemas.errors import ContractError
-from worker.errors import PullFailed, ResourceExhausted
+from worker.errors import PullFailed, ResourceExhausted, is_out_of_space
 
 from .archive_write import APPLE_NAME, CONTAINERD_NAME
 from .chain import chain_id
 from .decompress import LayerStream, detect
-from .layout import is_out_of_space
 from .model import CONFIG_TYPE, INDEX_TYPE, MANIFEST_TYPE, REF_NAME
 from .pulled import MAX_NESTING, Plan, read_config
 from .reference import DIGEST, parse_name

@@ -12,7 +12,6 @@ Everything appears by a rename, so whoever is killed leaves only what the sweep 
 and what they reach are made under one lock, between threads and between processes.
 """
 
-import errno
 import fcntl
 import hashlib
 import os
@@ -327,10 +326,6 @@ class Layout:
                 temporary.unlink()
             raise
         _sync_directory(path.parent)
-
-
-def is_out_of_space(code: int | None) -> bool:
-    return code in (errno.ENOSPC, errno.EDQUOT)
 
 
 def _create(path: Path) -> BinaryIO:

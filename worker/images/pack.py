@@ -18,12 +18,11 @@ from typing import Any, BinaryIO
 
 import msgspec
 
-from worker.errors import ContractError, PullFailed, ResourceExhausted
+from worker.errors import ContractError, PullFailed, ResourceExhausted, is_out_of_space
 from worker.platform.descent import Descent, open_directory
 from worker.platform.treecopy import OPEN_FILE, TreeError, naming, printable
 from worker.platform.xattrs import Xattrs, system_xattrs
 
-from .layout import is_out_of_space
 from .model import CONFIG_TYPE, MANIFEST_TYPE, ImageConfig, oci_platform
 from .pack_blobs import COMPRESSIONS, GZIP, Layer, LayerWriter, usual_zlib
 from .pack_ignore import FILE_NAME, Ignore

@@ -13,12 +13,12 @@ from typing import Protocol
 
 import msgspec
 
-from worker.errors import PullFailed, ResourceExhausted
+from worker.errors import PullFailed, ResourceExhausted, is_out_of_space
 from worker.platform.descent import OPEN_DIRECTORY
 
 from .chain import chain_id
 from .ingest import Ingest
-from .layout import Layout, is_out_of_space
+from .layout import Layout
 from .model import FROM_INDEX, PULLED, SECRET, ConfigDocument, Descriptor, ImageInfo, Tree
 from .reference import DIGEST
 from .register import sync_file_system

@@ -9,13 +9,13 @@ from typing import Protocol
 
 import msgspec
 
-from worker.errors import ContractError, PullFailed, ResourceExhausted
+from worker.errors import ContractError, PullFailed, ResourceExhausted, is_out_of_space
 from worker.platform.base import CloneReport
 from worker.platform.descent import OPEN_DIRECTORY, open_directory
 from worker.platform.treecopy import TreeError, printable
 from worker.platform.xattrs import Xattrs
 
-from .layout import Layout, is_out_of_space
+from .layout import Layout
 from .listing import Listing, write_listing
 from .model import (
     BYTES,

@@ -14,14 +14,22 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from worker.clock import Clock, utc_now
-from worker.errors import Conflict, ContractError, CreateFailed, NotFound, PullFailed, ResourceExhausted
+from worker.errors import (
+    Conflict,
+    ContractError,
+    CreateFailed,
+    NotFound,
+    PullFailed,
+    ResourceExhausted,
+    is_out_of_space,
+)
 from worker.platform.treecopy import TreeError
 from worker.platform.xattrs import Xattrs, system_xattrs
 
 from .catalog import entries
 from .collect import detach
 from .keeping import Check, Keeping
-from .layout import Layout, is_out_of_space
+from .layout import Layout
 from .model import MANIFEST_TYPE, NATIVE, Descriptor, ImageConfig, ImageInfo, Index, Tree
 from .reference import parse_name
 from .register import Built, Registration, TreeCloner

@@ -22,12 +22,11 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from worker.errors import ContractError, PullFailed, ResourceExhausted
+from worker.errors import ContractError, PullFailed, ResourceExhausted, is_out_of_space
 from worker.platform.descent import OPEN_DIRECTORY
 from worker.platform.xattrs import VOLATILE, Xattrs, system_xattrs
 
 from .decompress import LayerStream, compression_of, open_blob
-from .layout import is_out_of_space
 from .name_index import NameIndex, fold
 from .tar_stream import DIRECTORY, FILE, HARD_LINK, KINDS, SYMLINK, Entry, TarStream
 from .unpack_model import (

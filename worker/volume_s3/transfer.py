@@ -6,7 +6,6 @@ was killed, is known again and is no conflict.
 """
 
 import base64
-import errno
 import hashlib
 import io
 import os
@@ -16,6 +15,8 @@ from collections.abc import Callable
 from contextlib import suppress
 
 import msgspec
+
+from worker.errors import is_out_of_space
 
 from .client import EXECUTABLE, MTIME, TOKEN, RemoteHead, S3Client
 from .failures import Changed, NoRoom, S3Failure, Unable, Unsettled
@@ -28,7 +29,6 @@ MAX_PARTS = 9000
 READ_BYTES = 1 << 20
 # A file that was written so shortly before it was read may be written again without its times telling.
 RACY_NS = 2_000_000_000
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class FileSlice(io.RawIOBase):
@@ -303,7 +303,7 @@ class Transfer:
             )
             self._state.know(fold, base)
         except OSError as failure:
-            if failure.errno in _FULL:
+            if is_out_of_space(failure.errno):
                 raise NoRoom("the node's disk is full", again=True) from failure
             raise S3Failure(f"it cannot be written: {failure.strerror}", again=True) from failure
         finally:

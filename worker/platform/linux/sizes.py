@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from worker.errors import is_out_of_space
 from worker.platform.base import FolderLimits
 from worker.platform.descent import OPEN_DIRECTORY
 
@@ -111,7 +112,7 @@ def _is_refused(file: Path) -> bool:
     try:
         return any(os.write(fd, bytes(1 << 16)) < 1 << 16 for _ in range(2 * _TRIED_BYTES >> 16))
     except OSError as failure:
-        return failure.errno in (errno.EDQUOT, errno.ENOSPC)
+        return is_out_of_space(failure.errno)
     finally:
         os.close(fd)
         os.unlink(file)
