@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from schemas.status import Network
-from worker.platform.base import NetworkPolicy, PathRule, SandboxPolicy, VolumeMount
+from worker.platform.base import Limits, NetworkPolicy, PathRule, SandboxPolicy, VolumeMount
 from worker.platform.linux import system
 from worker.platform.linux.able import Able
 from worker.platform.linux.rootplan import make_root
@@ -200,3 +200,12 @@ def test_devices_are_the_harmless_ones(box: Box) -> None:
         "ok",
         "ptmx",
     ]
+
+
+@pytest.mark.parametrize("memory_bytes", [None, 4 * 1024 * 1024])
+def test_shared_memory_is_its_own_and_as_large_as_its_memory(box: Box, memory_bytes: int | None) -> None:
+    script = "stat -c %a /dev/shm; ls -A /dev/shm; head -c 5000000 /dev/zero > /dev/shm/x; stat -c %s /dev/shm/x"
+    mode, *said = box.run(script, limits=Limits(memory_bytes=memory_bytes))["said"].splitlines()
+    assert mode == "1777"
+    assert said[-1] == ("5000000" if memory_bytes is None else str(memory_bytes))
+    assert not Path("/dev/shm/x").exists()

@@ -297,7 +297,7 @@ def _take_ahead(paths: tuple[tuple[str, str], ...]) -> int | None:
     if _ahead is None:
         return None
     found, _ahead = _ahead, None
-    if found.pid == os.getpid() and _paths(found.system) == paths and not found.system.stale():
+    if found.pid == os.getpid() and _paths(found.system) == paths and not system.stale_at_start(found.system):
         return found.ruleset
     os.close(found.ruleset)
     return None

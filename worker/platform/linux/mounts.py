@@ -31,13 +31,14 @@ from .landlock import open_plain
 from .libc import O_PATH, syscall
 
 _OPEN_TREE, _MOVE_MOUNT, _FSOPEN, _FSCONFIG, _FSMOUNT = 428, 429, 430, 431, 432
-_OPENAT2, _MOUNT_SETATTR = 437, 442
+_FSPICK, _OPENAT2, _MOUNT_SETATTR = 433, 437, 442
 
 _AT_EMPTY_PATH, _AT_RECURSIVE = 0x1000, 0x8000
 _OPEN_TREE_CLONE, _OPEN_TREE_CLOEXEC = 1, os.O_CLOEXEC
 _MOVE_FROM_EMPTY, _MOVE_TO_EMPTY = 0x4, 0x40
 _FSOPEN_CLOEXEC = _FSMOUNT_CLOEXEC = 1
-_SET_FLAG, _SET_STRING, _CREATE = 0, 1, 6
+_FSPICK_CLOEXEC, _FSPICK_EMPTY_PATH = 0x1, 0x8
+_SET_FLAG, _SET_STRING, _CREATE, _RECONFIGURE = 0, 1, 6, 7
 _RESOLVE_NO_MAGICLINKS, _RESOLVE_IN_ROOT = 0x02, 0x10
 
 RDONLY, NOSUID, NODEV, NOEXEC = 1, 2, 4, 8
@@ -62,6 +63,7 @@ _SYSTEM_MARKS = (
     "/nix/store",
 )
 
+SHARED_MEMORY, SHARED_MODE = "/dev/shm", 0o1777
 # What `/dev` has.
 DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
 DEV_BYTES = 1024 * 1024
@@ -77,29 +79,33 @@ ALTERNATIVES = "/etc/alternatives"
 
 _CLOSED = os.O_CLOEXEC
 _MAX_LINKS = 8
+_HOW = struct.pack("=QQQ", O_PATH | _CLOSED, 0, _RESOLVE_NO_MAGICLINKS | _RESOLVE_IN_ROOT)
 
 
 class Ready:
     """Mounts made before they are wanted, detached, each for one use.
 
     `trees` are whole folders of a root by their targets, with the targets in them that are taken care of; `binds`
-    by source, as `ro`, with whether it is a folder. `system` tells whether the host's files in them may be others
-    by now.
+    by source, as `ro`, with whether it is a folder; `memory` is for SHARED_MEMORY. `system` tells whether the host's
+    files in them may be others by now.
     """
 
     def __init__(self) -> None:
         self.trees: dict[str, tuple[int, frozenset[str]]] = {}
         self.binds: dict[str, tuple[int, bool]] = {}
+        self.memory: int | None = None
         self.system: system.System | None = None
 
     def close(self) -> None:
         for fd, _ in (*self.binds.values(), *self.trees.values()):
             os.close(fd)
-        self.binds, self.trees = {}, {}
+        if self.memory is not None:
+            os.close(self.memory)
+        self.binds, self.trees, self.memory = {}, {}, None
 
     def forget_stale(self) -> None:
         """Let go of the host's files if any may have been replaced since."""
-        if self.system is not None and self.system.stale():
+        if self.system is not None and system.stale_at_start(self.system):
             for fd, _ in self.binds.values():
                 os.close(fd)
             self.binds = {}
@@ -126,7 +132,7 @@ def make_ready(proc: int, *, masked: Iterable[str], fixed: Iterable[str]) -> Rea
         stage = Root(scratch)
         stage._bare = True
         made: dict[str, set[str]] = {top: {top} for top in _OWN_TREES | _SYSTEM_TREES}
-        plan = [*dev_mounts(), ["folder", "/dev/shm", 0o755]]
+        plan = [*dev_mounts(), ["folder", SHARED_MEMORY, 0o755]]
         for path in (*(rule.path for rule in ready.system.rules), ALTERNATIVES):
             top = "/" + path.split("/")[1]
             if top in _SYSTEM_TREES:
@@ -144,7 +150,7 @@ def make_ready(proc: int, *, masked: Iterable[str], fixed: Iterable[str]) -> Rea
         stage.carry_out([*(["mask", target] for target in masked), *(["fixed", target] for target in fixed)])
         for _, target, *_ in plan:
             made.setdefault("/" + target.split("/")[1], set()).add(target)
-        made["/dev"].discard("/dev/shm")
+        made["/dev"].discard(SHARED_MEMORY)
         for top, targets in made.items():
             found_top = stage._find(top)
             if found_top is not None:
@@ -154,6 +160,7 @@ def make_ready(proc: int, *, masked: Iterable[str], fixed: Iterable[str]) -> Rea
                     set_attributes(tree, _ATTRIBUTES["ro"], recursive=True)
                 ready.trees[top] = tree, frozenset(targets)
     syscall(_number("umount2"), b"/proc\0", 2)  # MNT_DETACH
+    ready.memory = new_file_system("tmpfs", {"mode": f"{SHARED_MODE:o}"}, _TMPFS["rw"])
     return ready
 
 
@@ -242,6 +249,12 @@ class Root:
             self._fill(target, found, deep=when == "bare")
 
     def tmpfs(self, target: str, size_bytes: int, mode: int, access: str) -> None:
+        if self._ready.memory is not None and (target, mode, access) == (SHARED_MEMORY, SHARED_MODE, "rw"):
+            memory, self._ready.memory = self._ready.memory, None
+            if size_bytes:
+                resize(memory, size_bytes)
+            self._attach(target, memory, True)
+            return
         options = {"mode": f"{mode:o}"} | ({"size": str(size_bytes)} if size_bytes else {})
         self._attach(target, new_file_system("tmpfs", options, _TMPFS[access]), True)
 
@@ -252,8 +265,13 @@ class Root:
     def link(self, target: str, text: str, when: str) -> None:
         if when == "bare" and not self.bare:
             return
-        with contextlib.suppress(FileExistsError), opened(self._parent(target)) as parent:
-            os.symlink(text, os.path.basename(target), dir_fd=parent)
+        folder, _, name = target.rpartition("/")
+        with contextlib.suppress(FileExistsError):
+            if not folder:
+                os.symlink(text, name, dir_fd=self.fd)
+                return
+            with opened(self.place(folder)) as parent:
+                os.symlink(text, name, dir_fd=parent)
 
     def folder(self, target: str, mode: int) -> None:
         with contextlib.suppress(FileExistsError), opened(self._parent(target)) as parent:
@@ -388,9 +406,8 @@ def is_empty(fd: int) -> bool:
 
 def find(root: int, target: str) -> int | None:
     """A descriptor of what a path names to a process with this root; None where there is nothing."""
-    how = struct.pack("=QQQ", O_PATH | _CLOSED, 0, _RESOLVE_NO_MAGICLINKS | _RESOLVE_IN_ROOT)
     try:
-        return syscall(_OPENAT2, root, os.fsencode(target.lstrip("/") or ".") + b"\0", how, len(how))
+        return syscall(_OPENAT2, root, os.fsencode(target.lstrip("/") or ".") + b"\0", _HOW, len(_HOW))
     except (FileNotFoundError, NotADirectoryError):
         return None
 
@@ -426,6 +443,14 @@ def new_file_system(kind: str, options: dict[str, str], attributes: int) -> int:
                 syscall(_FSCONFIG, context, _SET_FLAG, name.encode() + b"\0", None, 0)
         syscall(_FSCONFIG, context, _CREATE, None, None, 0)
         return syscall(_FSMOUNT, context, _FSMOUNT_CLOEXEC, attributes)
+
+
+def resize(memory: int, size_bytes: int) -> None:
+    """Bound what a detached mount of a tmpfs can hold."""
+    flags = _FSPICK_CLOEXEC | _FSPICK_EMPTY_PATH
+    with opened(syscall(_FSPICK, memory, b"\0", flags)) as context:
+        syscall(_FSCONFIG, context, _SET_STRING, b"size\0", str(size_bytes).encode() + b"\0", 0)
+        syscall(_FSCONFIG, context, _RECONFIGURE, None, None, 0)
 
 
 def _bound(source: int, access: str) -> int:

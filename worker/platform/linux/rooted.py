@@ -270,9 +270,7 @@ def _fork_beside() -> int:
 
 
 def _name_host(name: str) -> None:
-    raw = name.encode()[:64]
-    if libc.sethostname(raw, ctypes.c_size_t(len(raw))) < 0:
-        raise last_error()
+    socket.sethostname(name[:64])
 
 
 def _raise_loopback() -> None:

@@ -38,7 +38,7 @@ def make_root(
     """
     wanted: list[list[Any]] = [
         *mounts.dev_mounts(),
-        ["tmpfs", "/dev/shm", policy.limits.memory_bytes or 0, 0o1777, "rw"],
+        ["tmpfs", mounts.SHARED_MEMORY, policy.limits.memory_bytes or 0, mounts.SHARED_MODE, "rw"],
         ["bind", ROOTED_TMP, policy.tmp, "rw"],
     ]
     for path in (*(rule.path for rule in system), mounts.ALTERNATIVES):

@@ -139,6 +139,21 @@ class System(NamedTuple):
         return self.stamps != _stamps(self.folders)
 
 
+_ONE_START_S = 0.005
+_asked: tuple[float, System | None, bool] = (0.0, None, False)
+
+
+def stale_at_start(found: System) -> bool:
+    """`found.stale()`, asked for mounts and for rules: of one start it is one look."""
+    global _asked
+    now = time.monotonic()
+    looked, known, answer = _asked
+    if known is not found or now - looked > _ONE_START_S:
+        answer = found.stale()
+        _asked = now, found, answer
+    return answer
+
+
 # How long a look is good for: in a burst of starts, each would ask forty folders for their times.
 _GOOD_FOR_S = 0.25
 
