@@ -204,7 +204,9 @@ def test_devices_are_the_harmless_ones(box: Box) -> None:
 
 @pytest.mark.parametrize("memory_bytes", [None, 4 * 1024 * 1024])
 def test_shared_memory_is_its_own_and_as_large_as_its_memory(box: Box, memory_bytes: int | None) -> None:
-    script = "stat -c %a /dev/shm; ls -A /dev/shm; head -c 5000000 /dev/zero > /dev/shm/x; stat -c %s /dev/shm/x"
+    script = (
+        "stat -c %a /dev/shm; ls -A /dev/shm; head -c 5000000 /dev/zero > /dev/shm/x; stat -c %s /dev/shm/x"
+    )
     mode, *said = box.run(script, limits=Limits(memory_bytes=memory_bytes))["said"].splitlines()
     assert mode == "1777"
     assert said[-1] == ("5000000" if memory_bytes is None else str(memory_bytes))
