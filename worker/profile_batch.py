@@ -19,7 +19,7 @@ from worker.platform.darwin.evaluate import Argument
 from worker.platform.darwin.sbpl import canonical as darwin_path
 from worker.policy_paths import Canonical
 from worker.profiles import Place, ShowRequest, make
-from worker.questions import Answer, RawQuestion, parse_question, raw_argument
+from worker.questions import PLAIN, Answer, RawQuestion, parse_question, raw_argument
 
 # A line of `check` carries a whole profile beside its parameters.
 MAX_LINE_BYTES = 2 * 2**20
@@ -139,6 +139,8 @@ def _check(value: Any, default: Sandbox | None, canonical: Canonical) -> Checked
 def _asked(sandbox: SeatbeltSandbox, asked: CheckLine, canonical: Canonical) -> Answer:
     argument = asked.argument
     if isinstance(argument, dict):
+        if asked.operation in PLAIN:
+            raise InvalidCommand(f"must be text: {asked.operation} is no raw operation", field="argument")
         given = to_struct(argument, Argument, field="argument", error=InvalidCommand)
         return sandbox.decide(asked.operation, given)
     question = parse_question(asked.operation, argument, canonical)

@@ -245,9 +245,11 @@ def raw_argument(operation: str, text: str | None) -> Argument:
     if text is None:
         return Argument()
     if text.startswith("{"):
-        return to_struct(
-            strict_json(text.encode(), MAX_ARGUMENT * 4), Argument, field="argument", error=InvalidCommand
-        )
+        try:
+            given = strict_json(text.encode("utf-8", "surrogatepass"), MAX_ARGUMENT * 4, error=InvalidCommand)
+        except InvalidCommand as failure:
+            raise InvalidCommand(failure.message, field=failure.field or "argument") from None
+        return to_struct(given, Argument, field="argument", error=InvalidCommand)
     family = operation.split("-")[0].rstrip("*")
     if operation.startswith("process-exec") or family in ("file", "lsopen"):
         return Argument(path=text)

@@ -102,6 +102,7 @@ class FakeSystem:
         return found
 
     def assert_no_leaks(self) -> None:
-        """Every error text that was handed out was given back, once."""
+        """Every error text and set of attributes that was handed out was given back, once."""
         assert self.library.fake_outstanding_errors() == 0
+        assert self.library.fake_outstanding_attributes() == 0
         assert self.library.fake_wrong_frees() == 0

@@ -3,7 +3,11 @@
 import ctypes
 import errno
 import os
+import shutil
 import struct
+import subprocess
+import tempfile
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -27,7 +31,7 @@ from worker.platform.darwin.seatbelt import Seatbelt
 from worker.platform.darwin.timebase import Timebase, TimebaseInfo
 from worker.platform.darwin.tree import belonging
 
-from .fake_libsystem import FakeSystem, build
+from .fake_libsystem import SOURCES, FakeSystem, build
 
 ZOMBIE = 5
 
@@ -35,6 +39,24 @@ ZOMBIE = 5
 @pytest.fixture
 def system(tmp_path_factory: pytest.TempPathFactory) -> FakeSystem:
     return FakeSystem(build(tmp_path_factory.getbasetemp()))
+
+
+def compiled_layout(name: str, members: list[str]) -> list[tuple[int, int]]:
+    """(offset, size) of each member, by a program that a C compiler makes of the declarations."""
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    assert compiler is not None
+    headers = '#include "declarations.h"\n#include <stddef.h>\n#include <stdio.h>\n'
+    lines = [
+        f'printf("%zu %zu\\n", offsetof(struct {name}, {member}), sizeof ((struct {name} *)0)->{member});'
+        for member in members
+    ]
+    source = f"{headers}int main(void) {{ {' '.join(lines)} }}"
+    with tempfile.TemporaryDirectory() as folder:
+        program = Path(folder) / "layout"
+        command = [compiler, "-xc", "-", f"-I{SOURCES}", "-Wall", "-Werror", "-o", str(program)]
+        subprocess.run(command, input=source, text=True, check=True, capture_output=True, timeout=60)
+        said = subprocess.run([program], text=True, check=True, capture_output=True, timeout=10).stdout
+    return [(int(offset), int(size)) for offset, size in (line.split() for line in said.splitlines())]
 
 
 class TestLayouts:
@@ -54,44 +76,15 @@ class TestLayouts:
     def test_sizes(self, system: FakeSystem, name: str) -> None:
         assert ctypes.sizeof(self.STRUCTS[name]) == system.layout(name)
 
-    @pytest.mark.parametrize(
-        "name",
-        [
-            *(
-                f"proc_bsdinfo.{member}"
-                for member in [
-                    "pbi_status",
-                    "pbi_pid",
-                    "pbi_ppid",
-                    "pbi_uid",
-                    "pbi_comm",
-                    "pbi_name",
-                    "pbi_nfiles",
-                    "pbi_nice",
-                    "pbi_start_tvsec",
-                    "pbi_start_tvusec",
-                ]
-            ),
-            "proc_uniqidentifierinfo.p_uniqueid",
-            "proc_uniqidentifierinfo.p_puniqueid",
-            "proc_uniqidentifierinfo.p_idversion",
-            "proc_uniqidentifierinfo.p_reserve3",
-            "proc_bsdinfowithuniqid.p_uniqidentifier",
-            "proc_taskinfo.pti_total_user",
-            "proc_taskinfo.pti_policy",
-            "proc_taskinfo.pti_threadnum",
-            "proc_exitreasonbasicinfo.beri_code",
-            "proc_exitreasonbasicinfo.beri_reason_buf_size",
-            "rusage_info_v4.ri_user_time",
-            "rusage_info_v4.ri_phys_footprint",
-            "rusage_info_v4.ri_diskio_bytesread",
-            "rusage_info_v4.ri_diskio_byteswritten",
-            "rusage_info_v4.ri_runnable_time",
-        ],
-    )
-    def test_offsets(self, system: FakeSystem, name: str) -> None:
-        struct_name, _, member = name.partition(".")
-        assert getattr(self.STRUCTS[struct_name], member).offset == system.layout(name)
+    @pytest.mark.parametrize("name", STRUCTS)
+    def test_every_member(self, system: FakeSystem, name: str) -> None:
+        """Place and size of each, in this order; and the declaration has none beside them."""
+        struct_ = self.STRUCTS[name]
+        members = [member for member, *_ in struct_._fields_]
+        ours = [(getattr(struct_, member).offset, getattr(struct_, member).size) for member in members]
+        assert compiled_layout(name, members) == ours
+        ends = [offset + size for offset, size in ours]
+        assert [*ends[:-1], system.layout(name)] == [*(offset for offset, _ in ours[1:]), ends[-1]], "no gap"
 
     def test_what_is_not_a_structure_here(self, system: FakeSystem) -> None:
         assert system.layout("proc_fdinfo") == libproc.FD_BYTES

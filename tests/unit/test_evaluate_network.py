@@ -13,6 +13,21 @@ def allows(filter_: str, operation: str, **argument: Any) -> str:
     return evaluate(f"{B}(allow {operation} {filter_})", {}, operation, Argument(**argument)).decision
 
 
+def test_a_denied_bind_tells_what_it_rests_on() -> None:
+    """Reports on whether the port of a bind filter is enforced differ."""
+    granted = f'{B}(allow network-bind network-inbound (local ip "*:80"))'
+    for text, operation, doubted in (
+        (granted, "network-bind", True),
+        (granted, "network-inbound", False),
+        (f"{B}(allow network-bind (local udp))", "network-bind", False),
+        (B, "network-bind", False),
+    ):
+        found = evaluate(text, {}, operation, Argument(address="*:81"))
+        assert found.decision == "deny"
+        assert ("unconfirmed" in found.reason) is doubted, text
+    assert "unconfirmed" not in evaluate(granted, {}, "network-bind", Argument(address="*:80")).reason
+
+
 class TestNetwork:
     @pytest.mark.parametrize(
         ("filter_", "address", "protocol", "expected"),

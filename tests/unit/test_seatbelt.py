@@ -244,6 +244,7 @@ class TestBecome:
         ]
         # It came back: the program is run without the limit, which nobody promised.
         assert executed == [("/bin/ü", ["ü", "", "b c"], environment)]
+        system.assert_no_leaks()
 
     @pytest.mark.parametrize(
         "function", ["posix_spawnattr_init", "posix_spawnattr_setjetsam_ext", "posix_spawnattr_setflags"]
@@ -257,6 +258,7 @@ class TestBecome:
         enforcer.become({"memory_mib": 512}, "/bin/sh", ["sh"], {})
         assert executed == ["/bin/sh"]
         assert system.called("posix_spawn") == []
+        system.assert_no_leaks()
 
     def test_without_one(
         self, enforcer: Enforcer, system: FakeSystem, monkeypatch: pytest.MonkeyPatch

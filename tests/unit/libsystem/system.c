@@ -18,6 +18,11 @@ struct attributes {
     int jetsam_flags, priority, active_mib, inactive_mib;
 };
 
+static int attributes_made;
+
+/* Those that were not given back. */
+int fake_outstanding_attributes(void) { return attributes_made; }
+
 static uint32_t numer = 125, denom = 3;
 static char number_name[64];
 static uint64_t number_value[2];
@@ -76,6 +81,7 @@ int posix_spawnattr_init(void **attribute) {
     if (failing("posix_spawnattr_init")) return errno;
     struct attributes *made = calloc(1, sizeof *made);
     made->magic = ATTRIBUTE_MAGIC;
+    attributes_made++;
     *attribute = made;
     return 0;
 }
@@ -114,8 +120,15 @@ int posix_spawn(pid_t *pid, const char *path, const void *actions, void **attrib
         execve(path, argv, envp);
         number = errno;
     }
-    free(known);
-    *attribute = NULL;
     errno = 0;
     return number;
+}
+
+int posix_spawnattr_destroy(void **attribute) {
+    struct attributes *known = *attribute;
+    if (known == NULL || known->magic != ATTRIBUTE_MAGIC) abort();
+    free(known);
+    *attribute = NULL;
+    attributes_made--;
+    return 0;
 }

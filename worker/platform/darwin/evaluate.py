@@ -70,7 +70,21 @@ class CompiledProfile:
             return Verdict(decision="unknown", rule=None, line=None, reason=str(failure))
         candidates, passed = self._find(asked)
         found = _settled(candidates, [operation, *passed[1:]])
-        return _setuid(asked, candidates, found) if asked.operation == "process-exec*" else found
+        if asked.operation == "process-exec*":
+            return _setuid(asked, candidates, found)
+        return self._bind(found) if asked.operation == "network-bind" and asked.address else found
+
+    def _bind(self, found: Verdict) -> Verdict:
+        """Reports on the port of a bind filter differ (NONO: not enforced); a denial may rest on nothing else."""
+        groups = [self._operations.get(name) for name in ("network-bind", "network-inbound")]
+        granted = [rule for group in groups if group for rule in group.filtered if rule.action == "allow"]
+        ports = any(
+            test.mode == "address" and test.values[2] != "*" for rule in granted for test in rule.filters
+        )
+        if found.decision != "deny" or not ports:
+            return found
+        doubt = "whether a release enforces the port of a bind that other rules allow is unconfirmed"
+        return msgspec.structs.replace(found, reason=f"{found.reason}; {doubt}")
 
     def _find(self, asked: Request) -> tuple[list["_Candidate"], list[str]]:
         """The rules of which one decides, the last for certain; and the operations looked at on the way."""

@@ -17,7 +17,6 @@ from .groups_base import BASE, EXECUTABLE
 from .groups_gpu import GPU_LEVELS
 from .paths import parents
 from .rules import Group, Rule, complete, form
-from .sbpl_paths import covers
 
 __all__ = ["BY_NAME", "EXECUTABLE", "GROUPS", "Places", "gpu_text", "group_text", "places", "selected"]
 
@@ -88,7 +87,6 @@ def places(names: tuple[str, ...], level: Gpu) -> Places:
     readable = tuple(
         path for rule, kind, path in found if kind == "subpath" and "file-read*" in rule.operations
     )
-    above = parents(path for _, _, path in found)
-    return Places(
-        readable, tuple(sorted(path for path in above if not any(covers(top, path) for top in readable)))
-    )
+    above = parents(path for _, _, path in found).difference(readable)
+    inside = tuple(f"{top}/" for top in readable)
+    return Places(readable, tuple(sorted(path for path in above if not path.startswith(inside))))

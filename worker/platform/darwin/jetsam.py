@@ -37,6 +37,7 @@ class Spawner(NamedTuple):
     set_flags: Any
     set_jetsam: Any
     spawn: Any
+    destroy: Any
 
 
 def prepare(library: ctypes.CDLL) -> Spawner:
@@ -61,6 +62,7 @@ def prepare(library: ctypes.CDLL) -> Spawner:
             strings,
             strings,
         ),
+        destroy=declare(library, "posix_spawnattr_destroy", c_int, attributes),
     )
 
 
@@ -73,20 +75,23 @@ def become(
     """
     attributes = ctypes.c_void_p()
     _done("posix_spawnattr_init", spawner.init(ctypes.byref(attributes)))
-    _done("posix_spawnattr_setflags", spawner.set_flags(ctypes.byref(attributes), _SETEXEC))
-    _done(
-        "posix_spawnattr_setjetsam_ext",
-        spawner.set_jetsam(ctypes.byref(attributes), _FATAL, _UNCHANGED_PRIORITY, mebibytes, mebibytes),
-    )
-    variables = [os.fsencode(f"{name}={value}") for name, value in env.items()]
-    number = spawner.spawn(
-        None,
-        os.fsencode(program),
-        None,
-        ctypes.byref(attributes),
-        _array([os.fsencode(word) for word in argv]),
-        _array(variables),
-    )
+    try:
+        _done("posix_spawnattr_setflags", spawner.set_flags(ctypes.byref(attributes), _SETEXEC))
+        _done(
+            "posix_spawnattr_setjetsam_ext",
+            spawner.set_jetsam(ctypes.byref(attributes), _FATAL, _UNCHANGED_PRIORITY, mebibytes, mebibytes),
+        )
+        variables = [os.fsencode(f"{name}={value}") for name, value in env.items()]
+        number = spawner.spawn(
+            None,
+            os.fsencode(program),
+            None,
+            ctypes.byref(attributes),
+            _array([os.fsencode(word) for word in argv]),
+            _array(variables),
+        )
+    finally:
+        spawner.destroy(ctypes.byref(attributes))
     raise failure(program, number)
 
 

@@ -6,13 +6,15 @@ nobody here can see.
 """
 
 from collections.abc import Mapping
-from typing import Literal
+from functools import lru_cache
+from typing import Literal, NamedTuple
 
 import msgspec
 
 from . import sbpl_filters as filters
 from . import sbpl_operations as operations
 from .sbpl_modifiers import ERRNOS, MODIFIERS
+from .sbpl_pieces import Piece, pieces
 from .sbpl_reader import Bool, Form, Node, Number, Rejected, Text, Word, read, shown
 from .sbpl_values import Filter, Given, Symbol
 from .sbpl_words import SIGNALS
@@ -24,6 +26,9 @@ MAX_PATTERN_BYTES = 65535
 _MAX_FILTERS = 50_000
 _MAX_MADE = 4 * 1024 * 1024
 _MAX_EXPRESSION_BYTES = 16 * 1024
+_KEPT_PIECES = 1024
+_KEPT_FILTERS = 4096
+_MAX_KEPT_TEXT = 256
 
 Action = Literal["allow", "deny"]
 Value = Text | Number | Bool | Filter | Symbol
@@ -33,7 +38,7 @@ class Rule(msgspec.Struct, frozen=True, kw_only=True):
     """One action on one operation; a form that names several makes as many.
 
     `operation` is canonical, `written` as in the text. `filters` are joined by OR. `form` numbers the form
-    that it comes from, `source` is that, and `line` its first.
+    that it comes from, `source` is that, and `line` the first of its lines in the profile.
     """
 
     action: Action
@@ -42,11 +47,8 @@ class Rule(msgspec.Struct, frozen=True, kw_only=True):
     filters: tuple[Filter, ...]
     modifiers: tuple[str, ...]
     form: int
+    line: int
     source: Form
-
-    @property
-    def line(self) -> int:
-        return self.source.line
 
     @property
     def text(self) -> str:
@@ -56,7 +58,27 @@ class Rule(msgspec.Struct, frozen=True, kw_only=True):
 
 def rules(text: str, params: Mapping[str, str], *, release: int | None) -> tuple[Rule, ...]:
     """Rejected where the compiler of that release, or of any when None, refuses."""
-    return _Interpreter(params, release).run(read(text))
+    try:
+        return _Interpreter(params, release).run(pieces(text))
+    except Rejected:
+        # Read as a whole, with every line's number.
+        return _Interpreter(params, release).run([(0, Piece(read(text)))])
+
+
+class _Made(NamedTuple):
+    """The rules of some forms, their lines and numbers counted from the first; and what goes against the bounds."""
+
+    rules: tuple[Rule, ...]
+    forms: int
+    filters: int
+    characters: int
+    expression_bytes: int
+
+
+@lru_cache(maxsize=_KEPT_PIECES)
+def _made_of(piece: Piece, release: int | None) -> _Made:
+    """Of a settled piece; two thirds of a profile of ours are the same in the next one."""
+    return _Interpreter({}, release).made(piece.forms)
 
 
 class _Interpreter:
@@ -65,16 +87,62 @@ class _Interpreter:
         self._release = release
         self._constants: dict[str, Value] = {}
         self._rules: list[Rule] = []
-        self._forms = self._filters = self._made = self._expression_bytes = 0
+        self._before = 0  # lines before the piece that is run
+        self._forms = self._filters = self._characters = self._expression_bytes = 0
 
-    def run(self, forms: tuple[Form, ...]) -> tuple[Rule, ...]:
-        if not forms or forms[0].head != "version":
-            raise Rejected("a profile begins with (version 1)", forms[0].line if forms else 1)
-        for form in forms:
-            self._directive(form)
+    def run(self, found: list[tuple[int, Piece]]) -> tuple[Rule, ...]:
+        first = next(((before, piece.forms[0]) for before, piece in found if piece.forms), None)
+        if first is None or first[1].head != "version":
+            raise Rejected(
+                "a profile begins with (version 1)", 1 if first is None else first[0] + first[1].line
+            )
+        for self._before, piece in found:
+            self._piece(piece)
         if not any(rule.operation == "default" for rule in self._rules):
             raise Rejected("the profile has no rule on default")
         return tuple(self._rules)
+
+    def made(self, forms: tuple[Form, ...]) -> _Made:
+        for form in forms:
+            self._directive(form)
+        counts = self._forms, self._filters, self._characters, self._expression_bytes
+        return _Made(tuple(self._rules), *counts)
+
+    def _piece(self, piece: Piece) -> None:
+        if piece.settled and not self._constants:
+            made = _made_of(piece, self._release)
+            if self._fits(made):
+                self._take(made)
+                return
+        for form in piece.forms:
+            self._directive(form)
+
+    def _fits(self, made: _Made) -> bool:
+        """Whether no bound is passed by it; else running its forms tells by which."""
+        return (
+            self._filters + made.filters <= _MAX_FILTERS
+            and self._characters + made.characters <= _MAX_MADE
+            and self._expression_bytes + made.expression_bytes <= _MAX_EXPRESSION_BYTES
+        )
+
+    def _take(self, made: _Made) -> None:
+        for rule in made.rules:
+            self._rules.append(
+                Rule(
+                    action=rule.action,
+                    operation=rule.operation,
+                    written=rule.written,
+                    filters=rule.filters,
+                    modifiers=rule.modifiers,
+                    form=self._forms + rule.form,
+                    line=self._before + rule.line,
+                    source=rule.source,
+                )
+            )
+        self._forms += made.forms
+        self._filters += made.filters
+        self._characters += made.characters
+        self._expression_bytes += made.expression_bytes
 
     # -- forms that act
 
@@ -155,6 +223,7 @@ class _Interpreter:
                     filters=tuple(tests),
                     modifiers=tuple(modifiers),
                     form=self._forms,
+                    line=self._before + form.line,
                     source=form,
                 )
             )
@@ -178,8 +247,10 @@ class _Interpreter:
             raise Rejected(f"the profile has more than {_MAX_FILTERS} filters", form.line)
 
     def _check_fit(self, form: Form, named: list[str], tests: list[Filter], modifiers: list[str]) -> None:
+        # Where a filter without parts applies, all of its name do.
+        kinds = {test.name if not test.parts else id(test): test for test in reversed(tests)}
         for operation in named:
-            for test in tests:
+            for test in reversed(kinds.values()):
                 wrong = filters.misplaced(test, operation)
                 if wrong:
                     raise Rejected(f"the filter {wrong} does not apply to {operation}", form.line)
@@ -237,8 +308,11 @@ class _Interpreter:
                 raise Rejected(f"there is no filter {name}", node.line)
 
     def _filter(self, name: str, form: Form) -> Filter:
-        given = [self._argument(item) for item in form.items[1:]]
-        built = filters.build(name, given, form.line)
+        given = tuple([self._argument(item) for item in form.items[1:]])
+        if len(given) == 1 and isinstance(given[0], Text) and len(given[0].value) <= _MAX_KEPT_TEXT:
+            built = _built(name, given[0], form.line)
+        else:
+            built = filters.build(name, given, form.line)
         self._make(len(built.text) + built.pattern_bytes, form)
         if built.mode == "regex":
             self._expression_bytes += built.pattern_bytes
@@ -247,8 +321,8 @@ class _Interpreter:
         return built
 
     def _make(self, characters: int, form: Form) -> None:
-        self._made += characters
-        if self._made > _MAX_MADE:
+        self._characters += characters
+        if self._characters > _MAX_MADE:
             raise Rejected(f"strings and filters of more than {_MAX_MADE} characters in all", form.line)
 
     def _argument(self, node: Node) -> Given:
@@ -284,6 +358,11 @@ class _Interpreter:
             pieces.append(value.value)
         self._make(sum(len(piece) for piece in pieces), form)
         return Text("".join(pieces), form.line)
+
+
+@lru_cache(maxsize=_KEPT_FILTERS)
+def _built(name: str, given: Text, line: int) -> Filter:
+    return filters.build(name, (given,), line)
 
 
 _RESERVED = (

@@ -6,6 +6,7 @@ never resolved. Pure: links are known for the system's own aliases only.
 
 import re
 import unicodedata
+from functools import lru_cache
 
 # The kernel refuses longer ones (PATH_MAX of <sys/syslimits.h>).
 MAX_PATH_BYTES = 1024
@@ -72,6 +73,7 @@ def covers(outer: str, inner: str) -> bool:
     return inner == outer or inner.startswith("/" if outer == "/" else outer + "/")
 
 
+@lru_cache(maxsize=4096)
 def ancestors(path: str) -> tuple[str, ...]:
     """Every folder strictly above a path, `/` first (`path-ancestors` of libsandbox's sbpl_v1.scm)."""
     parts = path.rstrip("/").split("/")[:-1]

@@ -91,7 +91,7 @@ def read(text: str) -> tuple[Form, ...]:
     # The open forms, outermost first: where each begins and what it holds so far.
     stack: list[tuple[int, list[Node]]] = []
     line = 1
-    for kind, piece, line in _tokens(text):
+    for kind, piece, line in tokens(text):
         if kind == "open":
             if len(stack) == MAX_DEPTH:
                 raise Rejected(f"forms nest more than {MAX_DEPTH} deep", line)
@@ -106,7 +106,7 @@ def read(text: str) -> tuple[Form, ...]:
             else:
                 top.append(form)
         else:
-            atom = _atom(kind, piece, line)
+            atom = atom_of(kind, piece, line)
             if not stack:
                 raise Rejected(f"{shown(atom)} stands outside of any form", line)
             stack[-1][1].append(atom)
@@ -140,7 +140,7 @@ def raw_quoted(value: str) -> str:
     return '#"' + escaped.replace("\n", "\\n").replace("\r", "\\r") + '"'
 
 
-def _tokens(text: str) -> Iterator[tuple[str, str, int]]:
+def tokens(text: str) -> Iterator[tuple[str, str, int]]:
     """Kind, text and line of each token; space and comments left out."""
     if "\0" in text:
         # The compiler takes a C string: it would see the part before it only.
@@ -162,7 +162,7 @@ def _tokens(text: str) -> Iterator[tuple[str, str, int]]:
             line += text.count("\n", begun, position)
 
 
-def _atom(kind: str, piece: str, line: int) -> Node:
+def atom_of(kind: str, piece: str, line: int) -> Node:
     if kind == "text":
         return Text(_unescaped(piece[1:-1], line), line)
     if kind == "raw":
