@@ -13,7 +13,7 @@ from schemas.status import Reason, State
 from worker.errors import Conflict, DeadlineExceeded, Interrupted, NotFound
 from worker.lifecycle import Verdict, verdict
 from worker.records import ContainerRecord
-from worker.work import Work
+from worker.work import STARTS, Work
 
 
 def admit(
@@ -45,8 +45,22 @@ def admit(
 
 
 def _continues(work: Work, record: ContainerRecord | None) -> bool:
-    """A create that a dead worker had begun finds the container it made itself."""
-    return work.recovered and record is not None and record.created_by == work.id
+    """A create that a dead worker had begun finds the container it made itself, a kill the one that it may have
+    ended.
+    """
+    if not work.recovered or record is None:
+        return False
+    if isinstance(work.command, Kill):
+        return record.status.state in (State.EXITED, State.FAILED)
+    return record.created_by == work.id
+
+
+def was_dropped(work: Work, record: ContainerRecord | None, *, waited: bool) -> bool:
+    """Whether a recovered command that a later one may overtake was dropped by it: one that was applied since.
+
+    `waited`: an earlier command of the container has not ended, so this one cannot have begun.
+    """
+    return work.verb in STARTS and (waited or begun_before(work, record, leaving=False) is Begun.NO)
 
 
 def _refuse_late(work: Work, record: ContainerRecord | None, leaving: Callable[[], bool]) -> None:

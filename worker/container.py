@@ -33,12 +33,10 @@ from worker.lifecycle import Trigger, Verdict, next_state
 from worker.records import ContainerRecord, encode_record
 from worker.services import Services
 from worker.supervisor import ExitRecord
-from worker.work import Phase, Work, now_utc, write_completion, write_state
+from worker.waiting import Waiting
+from worker.work import OVERTAKERS, STARTS, Phase, Work, now_utc, write_completion, write_state
 
-STARTS = frozenset({"create", "run", "start", "restart"})
 JOURNAL_RETRY_S = 1.0
-OVERTAKERS = frozenset({"stop", "kill", "remove"})
-MAX_WAITING, MAX_WAITING_BYTES = 1000, 4 * 1024 * 1024
 
 
 class Operations(Protocol):
@@ -77,6 +75,7 @@ class ContainerActor:
         *,
         operations: Operations,
         spawn: Callable[[Coroutine[Any, Any, None], str], object],
+        waiting: Waiting,
         on_idle: Callable[["ContainerActor"], None] = lambda actor: None,
         record: ContainerRecord | None = None,
     ) -> None:
@@ -89,6 +88,7 @@ class ContainerActor:
         self._spawn = spawn
         self._on_idle = on_idle
         self._queue: deque[Work] = deque()
+        self._waiting = waiting
         self._current: Work | None = None
         self._arriving: set[Work] = set()  # on their way into the journal, in stream order
         self._first: Begin | None = None  # of them the one whose first step is, too
@@ -116,16 +116,9 @@ class ContainerActor:
         """Whether a command waits for the one that is being done."""
         return bool(self._queue)
 
-    def crowded(self, work: Work) -> bool:
-        """Whether so much waits here already that `work`, though accepted, is refused at once.
-
-        What may end the wait is let in for longer.
-        """
-        factor = 2 if work.verb in OVERTAKERS else 1
-        waiting = [w for w in (*self._queue, *self._arriving) if w is not work]
-        return len(waiting) >= factor * MAX_WAITING or (
-            sum(w.size for w in waiting) + work.size > factor * MAX_WAITING_BYTES
-        )
+    def refusal(self, work: Work) -> str | None:
+        """Why `work`, before it is reserved for, is to be refused at once though accepted: so much waits already."""
+        return None if self.idle else self._waiting.refusal(work)
 
     async def wait_for(self, condition: Callable[[], bool]) -> None:
         """Wait until `condition` holds; it is asked again after every change of this container."""
@@ -153,11 +146,12 @@ class ContainerActor:
                 return first  # nobody has to wait for it
             self._current, self._first = work, first
         self._arriving.add(work)
+        self._waiting.add(work)
         return first
 
     def release(self, work: Work) -> None:
         """The command was not accepted after all."""
-        self._arriving.discard(work)
+        self._arrived(work)
         if self._current is work:
             self._current = self._first = None
             self._pump()
@@ -165,7 +159,7 @@ class ContainerActor:
 
     def accepted(self, work: Work, begin: Begin | None) -> None:
         """The command stands in the journal; do it in its turn."""
-        self._arriving.discard(work)
+        self._arrived(work)
         if begin is not None and begin.answers:
             work.completed = True
             self._finished(work)
@@ -182,14 +176,24 @@ class ContainerActor:
         else:
             self._spawn(self._run(work, begun=begin is not None), f"{work.verb} {self.cid}")
 
+    def _arrived(self, work: Work) -> None:
+        if work in self._arriving:
+            self._arriving.remove(work)
+            self._waiting.remove(work)
+
     def _enqueue(self, work: Work) -> None:
         later = next((w for w in self._in_hand() if work.precedes(w)), None)
         if later is not None:
-            self._end(work, Conflict(f"overtaken by a later {later.verb}"))
+            self.drop(work, later.verb)
             return
         self._queue.append(work)
+        self._waiting.add(work)
         self._pump()
         self.notify()
+
+    def _dequeue(self, work: Work) -> None:
+        self._queue.remove(work)
+        self._waiting.remove(work)
 
     def _in_hand(self) -> list[Work]:
         return [w for w in (self._current, *self._queue) if w is not None]
@@ -197,7 +201,8 @@ class ContainerActor:
     def _pump(self) -> None:
         if self._current is None:
             if self._queue:
-                work = self._queue.popleft()
+                work = self._queue[0]
+                self._dequeue(work)
                 self._current = work
                 self._spawn(self._run(work, begun=False), f"{work.verb} {self.cid}")
             return
@@ -216,7 +221,7 @@ class ContainerActor:
             if isinstance(work.command, Kill) or (
                 isinstance(work.command, Remove) and not work.command.force
             ):
-                self._queue.remove(work)
+                self._dequeue(work)
                 self._spawn(self._run(work, begun=False, aside=True), f"{work.verb} {self.cid}")
             elif not work.overtook:
                 work.overtook = True
@@ -233,8 +238,8 @@ class ContainerActor:
             if waiting is work:
                 return
             if waiting.verb in STARTS and waiting.seq < work.seq:
-                self._queue.remove(waiting)
-                self._end(waiting, Conflict(f"overtaken by a later {work.verb}"))
+                self._dequeue(waiting)
+                self.drop(waiting, work.verb)
 
     def set_phase(self, work: Work, phase: Phase) -> None:
         """Say how far `work` is; whoever may overtake it now does."""
@@ -267,7 +272,9 @@ class ContainerActor:
         if self.idle:
             self._on_idle(self)
 
-    def _end(self, work: Work, error: ContractError) -> None:
+    def drop(self, work: Work, later: str) -> None:
+        """End a command that was not begun: a later one, of that verb, has overtaken it."""
+        error = Conflict(f"overtaken by a later {later}")
         self._spawn(self._complete(work, error, None), f"end {work.verb} {self.cid}")
 
     async def _complete(self, work: Work, error: ContractError | None, result: dict[str, Any] | None) -> None:

@@ -20,13 +20,15 @@ from schemas.decode import MAX_COMMAND_BYTES, canonical, decode_command
 from schemas.errors import ContractError, InvalidCommand
 from schemas.events import CommandCompleted, CommandRejected
 from schemas.values import check_id
+from worker.admission import was_dropped
 from worker.container import ContainerActor, write_accepted
 from worker.errors import Conflict, Interrupted, ResourceExhausted
 from worker.journal import EventHead, LedgerEntry, Tx
 from worker.node_commands import NodeCommands
 from worker.runtime import Runtime
 from worker.services import Services
-from worker.work import Work, now_utc, write_completion
+from worker.waiting import weight_of
+from worker.work import OVERTAKERS, Work, now_utc, write_completion
 
 MAX_IN_ACCEPTANCE = 512
 TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
@@ -87,6 +89,7 @@ class CommandHandler:
             time=delivery.time,
             headers=_trace(delivery.headers),
             size=len(delivery.data),
+            weight=weight_of(delivery.data),
         )
         self._spawn(self._accept(delivery, work), f"accept {work.id}")
 
@@ -102,10 +105,9 @@ class CommandHandler:
 
     async def _accept(self, delivery: Delivery, work: Work) -> None:
         actor = None if work.container is None else self._runtime.actor(work.container)
+        full = (self._node_commands if actor is None else actor).refusal(work)
+        crowded = None if full is None else ResourceExhausted(full)
         begin = None if actor is None else actor.reserve(work)
-        crowded: ContractError | None = None
-        if actor is not None and actor.crowded(work):
-            crowded = ResourceExhausted(f"too many commands wait for {actor.cid} already")
         body = delivery.data
         digest = hashlib.sha256(canonical(work.command)).hexdigest()
 
@@ -127,7 +129,7 @@ class CommandHandler:
                     )
                 )
                 write_accepted(tx, self._services, work, _instance(actor))
-                refused = crowded
+                refused: ContractError | None = crowded
                 if tx.overtaken(work.container, work.seq, work.time):
                     refused = Conflict("a later command was applied already")
                 if refused is not None:
@@ -236,8 +238,9 @@ class CommandHandler:
 
     async def recover(self) -> int:
         """Go on with what a dead worker had accepted and not completed, in stream order."""
-        entries = await self._services.journal.read(lambda tx: tx.accepted_commands())
-        for entry in entries:
+        found = await self._services.journal.read(_to_recover)
+        waited: set[str | None] = set()  # containers of which an earlier command has not ended
+        for entry, overtaker in found:
             try:
                 command = decode_command(entry.verb, entry.body)
             except ContractError as failure:
@@ -253,13 +256,20 @@ class CommandHandler:
                 time=entry.stream_time or now_utc(),
                 headers=entry.headers,
                 size=len(entry.body),
+                weight=weight_of(entry.body),
                 recovered=True,
             )
             if entry.container is None:
                 self._node_commands.accepted(work)
+                continue
+            actor = self._runtime.actor(entry.container)
+            if overtaker is not None and was_dropped(work, actor.record, waited=entry.container in waited):
+                actor.drop(work, overtaker)
+                self._runtime.settle(actor)
             else:
-                self._runtime.actor(entry.container).accepted(work, None)
-        return len(entries)
+                actor.accepted(work, None)
+            waited.add(entry.container)
+        return len(found)
 
     async def _give_up(self, entry: LedgerEntry) -> None:
         work = Work(
@@ -274,6 +284,11 @@ class CommandHandler:
         await self._services.journal.transact(
             lambda tx: write_completion(tx, self._services.subjects, work, error=error, status=None)
         )
+
+
+def _to_recover(tx: Tx) -> list[tuple[LedgerEntry, str | None]]:
+    """What was accepted and not completed, each with the verb of a later command that dropped it, if one did."""
+    return [(entry, tx.overtaker(entry, OVERTAKERS)) for entry in tx.accepted_commands()]
 
 
 class _Named(msgspec.Struct):

@@ -16,6 +16,13 @@ RECREATED_AFTER = timedelta(seconds=5)  # more than the clocks of a stream's suc
 _encode = msgspec.json.Encoder().encode
 _position = msgspec.json.Decoder(StreamPosition)
 
+
+class _Ended(msgspec.Struct):
+    ok: bool
+
+
+_ended = msgspec.json.Decoder(_Ended)
+
 _ENTRY = (
     "id, verb, container, digest, subject, stream_seq, stream_time, accepted_at, deadline, headers, body,"
     " result, completed_at"
@@ -101,6 +108,26 @@ class Tx(OutboxTx):
         if row is None or row[0] <= stream_seq:
             return False
         return row[1] is None or stream_time <= from_us(row[1]) + RECREATED_AFTER
+
+    def overtaker(self, entry: LedgerEntry, verbs: frozenset[str]) -> str | None:
+        """The verb of a later command of these, of the same container, that has ended well since `entry` was
+        accepted.
+        """
+        if entry.stream_time is None or not self.overtaken(
+            entry.container, entry.stream_seq, entry.stream_time
+        ):
+            return None
+        found = self._connection.execute(
+            "SELECT verb, result FROM commands WHERE completed_at >= ? AND container = ? AND stream_seq > ?"
+            " AND stream_time >= ? ORDER BY stream_seq",
+            (
+                to_optional_us(entry.accepted_at) or 0,
+                entry.container,
+                entry.stream_seq,
+                to_us(entry.stream_time),
+            ),
+        )
+        return next((verb for verb, result in found if verb in verbs and _ended.decode(result).ok), None)
 
     def first_rejection(self, stream_seq: int, stream_time: datetime) -> bool:
         """True the first time: a message that leaves no ledger entry is answered once, if it comes again."""

@@ -35,6 +35,7 @@ from worker.lifecycle import LIVE
 from worker.runtime import Runtime
 from worker.services import Services
 from worker.volumes_commands import VolumeCommands
+from worker.waiting import Waiting
 from worker.work import Work, now_utc, write_completion, write_image
 
 DRAINING_KEY = "draining"
@@ -61,11 +62,17 @@ class NodeCommands:
         self._state_changed = changed
         # Of each image command that has not ended: when it does, and whether it is a pull.
         self._images: dict[asyncio.Event, bool] = {}
+        self._waiting = Waiting(runtime.waiting)
         self._resumed = asyncio.Event()
         self._volumes = VolumeCommands(services, runtime)
 
+    def refusal(self, work: Work) -> str | None:
+        """Why `work` is to be refused at once though accepted: so much is in hand already."""
+        return self._waiting.refusal(work)
+
     def accepted(self, work: Work) -> None:
         """The command stands in the journal; do it in its turn. A resume does not wait for a drain."""
+        self._waiting.add(work)
         if isinstance(work.command, Drain):
             self._spawn(self._finish(work, self._drain(work, work.command)), "drain")
         elif isinstance(work.command, Resume):
@@ -107,6 +114,8 @@ class NodeCommands:
         except Exception as failure:
             logger.exception("{} failed", work.verb)
             error = unforeseen(work.verb, failure)
+        finally:
+            self._waiting.remove(work)
         await self._services.journal.transact(
             lambda tx: write_completion(tx, self._services.subjects, work, error=error, status=None)
         )

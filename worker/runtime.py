@@ -29,6 +29,7 @@ from worker.services import Services
 from worker.stats import Target
 from worker.supervisor import ExitRecord, LaunchedContainer
 from worker.volume_s3.mirrors import SAYS
+from worker.waiting import NodeWaiting, Waiting
 from worker.work import Work, now_utc
 
 # States whose message is about something else.
@@ -46,6 +47,7 @@ class Runtime:
         self.operations = ContainerOperations(services)
         self.ender = self.operations.ender
         self.starter = self.operations.starter
+        self.waiting = NodeWaiting()
         self._actors: dict[str, ContainerActor] = {}
         self._tasks: asyncio.TaskGroup | None = None
         self._running: set[asyncio.Task[Any]] = set()
@@ -84,10 +86,19 @@ class Runtime:
         """The actor of a name, made when it is first spoken of."""
         found = self._actors.get(cid)
         if found is None:
-            found = self._actors[cid] = ContainerActor(
-                cid, self.services, operations=self.operations, spawn=self.spawn, on_idle=self.settle
-            )
+            found = self._actors[cid] = self._make(cid, None)
         return found
+
+    def _make(self, cid: str, record: ContainerRecord | None) -> ContainerActor:
+        return ContainerActor(
+            cid,
+            self.services,
+            operations=self.operations,
+            spawn=self.spawn,
+            waiting=Waiting(self.waiting),
+            on_idle=self.settle,
+            record=record,
+        )
 
     def known(self, cid: str) -> ContainerActor:
         """The actor of an existing container. Raises NotFound."""
@@ -195,14 +206,7 @@ class Runtime:
         launched = {c.cid: c for c in await self._launched()}
         for record in records:
             status = record.status
-            actor = self._actors[status.container] = ContainerActor(
-                status.container,
-                self.services,
-                operations=self.operations,
-                spawn=self.spawn,
-                on_idle=self.settle,
-                record=record,
-            )
+            actor = self._actors[status.container] = self._make(status.container, record)
             found = launched.pop(status.container, None)
             self._expiry.watch(actor.cid, record)
             if status.image_digest is not None:

@@ -14,7 +14,7 @@ from schemas.errors import ContractError
 from schemas.spec import S3Storage
 from schemas.status import ContainerStatus, Reason, State
 from schemas.values import normal_target
-from worker.container import STARTS, ContainerActor
+from worker.container import ContainerActor
 from worker.ending import Ender
 from worker.entrypoint import build_env, resolve_command
 from worker.errors import (
@@ -34,7 +34,7 @@ from worker.volume_s3.mirrors import Wanted
 from worker.volume_s3.source import source_of
 from worker.volumes import empty_tmpfs, make_places
 from worker.volumes_env import volume_variables
-from worker.work import Phase, PreparedStart, Work, now_utc
+from worker.work import STARTS, Phase, PreparedStart, Work, now_utc
 
 
 class Starter:

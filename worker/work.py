@@ -21,6 +21,9 @@ from worker.records import ContainerRecord, encode_record
 from worker.supervisor_types import StartRequest
 
 DEFAULT_DEADLINE = timedelta(hours=24)
+STARTS = frozenset({"create", "run", "start", "restart"})
+OVERTAKERS = frozenset({"stop", "kill", "remove"})
+ENDING = OVERTAKERS | {"resume"}  # what may end the wait of others
 
 _encoder = msgspec.json.Encoder()
 
@@ -49,7 +52,8 @@ class Work:
     """An accepted command. `seq` and `time` are its place in the command stream.
 
     `recovered` is one that a dead worker had accepted, `internal` one of our own that no ledger knows. `size`: of its
-    body, in bytes. `prepared`: the start that it leads to, made while the journal was writing.
+    body, in bytes; `weight`: in memory, at most. `prepared`: the start that it leads to, made while the journal was
+    writing.
     """
 
     command: AnyCommand
@@ -59,6 +63,7 @@ class Work:
     time: datetime
     headers: dict[str, str] | None = None
     size: int = 0
+    weight: int = 0
     recovered: bool = False
     internal: bool = False
     phase: Phase = Phase.WAITING

@@ -24,6 +24,7 @@ POINTS = (
     "completing",  # the completion is written, not committed
     "completed",  # it is committed, and nobody heard of that
 )
+FULL = "full"  # nothing ends: the completion finds the disk full, as often as it is tried
 # Not the worker but its launcher ends, or stands still for a while:
 ADOPTING = "adopting"  # when it is asked what it runs
 LAUNCHING = "launching"  # when it was asked to start a program, and has not answered
@@ -79,6 +80,7 @@ class Crash:
 
 def wrap(crash: Crash) -> None:
     from worker.bus.delivery import Delivery
+    from worker.errors import ResourceExhausted
     from worker.handlers import CommandHandler
     from worker.journal import _Owner
     from worker.journal_tx import Tx
@@ -110,6 +112,8 @@ def wrap(crash: Crash) -> None:
 
     def complete(real: Any) -> Any:
         def wrapped(self: Tx, command_id: str, *args: Any) -> None:
+            if crash.is_at(FULL, command_id):
+                raise ResourceExhausted("no space left, as this test wants it")
             real(self, command_id, *args)
             crash.at("completing", command_id)
             if crash.is_at("completed", command_id):

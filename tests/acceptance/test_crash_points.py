@@ -14,7 +14,7 @@ from typing import Any, cast
 import pytest
 import pytest_asyncio
 
-from tests.acceptance.crash_entry import ADOPTING, LAUNCHING, POINTS, STANDING, arm, disarm
+from tests.acceptance.crash_entry import ADOPTING, FULL, LAUNCHING, POINTS, STANDING, arm, disarm
 from tests.acceptance.forked import Forker
 from tests.acceptance.harness import Fleet, Server, Worker, alive, new_id, shell, until
 from tests.acceptance.test_survival import check_sequence
@@ -228,6 +228,48 @@ async def test_a_run_that_ends_and_leaves_while_nobody_looks_is_not_done_again(
     assert crashing.count(cid, "starts") <= 1
     assert crashing.count(cid, "starts") == 1 or not done["ok"]
     await client.ok(cid, "remove")
+
+
+@pytest.mark.parametrize("verb", ["stop", "kill", "remove"])
+@pytest.mark.parametrize("point", ["completing", "completed", FULL])
+async def test_a_start_that_was_overtaken_while_it_waited_is_not_done_after_a_crash(
+    crashing: Crashing, point: str, verb: str
+) -> None:
+    """It waits behind a stop, and a later command drops it. Of what came after it some may be answered before it."""
+    client, worker, cid = crashing.fleet.client, crashing.worker, f"dropped-{point}-{verb}-0"
+    spec = crashing.spec()
+    spec["command"]["entrypoint"][2] = "trap '' TERM" + SCRIPT
+    await client.ok(cid, "run", spec=spec)
+    await until(lambda: crashing.count(cid, "starts") == 1, what="the program's beginning")
+    stopping = await client.send(cid, "stop", timeout_s=600)
+    await client.state(cid, "stopping")
+    dropped = new_id()
+    arm(worker.at, point, dropped, "start")
+    await client.send(cid, "start", id=dropped)
+    fields: dict[str, Any] = {"timeout_s": 0} if verb == "stop" else {}
+    later = await client.send(cid, verb, **fields)
+    process = worker.process
+    assert process is not None
+    if point == FULL:
+        for command_id in (stopping, later):
+            assert (await client.completion(command_id))["ok"]
+        worker.kill()
+    await until(lambda: process.poll() is not None, what=f"the crash at {point!r}")
+    disarm(worker.at)
+    worker.start()
+
+    done = await client.completion(dropped)
+    assert (done["error"] or {}).get("code") == "conflict", done
+    assert (await client.completion(stopping))["ok"]
+    answer = await client.completion(later)
+    assert answer["ok"] or (verb == "kill" and answer["error"]["code"] == "interrupted"), answer
+    for told in (done, answer):
+        assert answers_to(crashing, told) == ["command_accepted", "command_completed"]
+    assert crashing.count(cid, "starts") == 1
+    now = await client.query("state", container=cid)
+    assert now["code"] == 404 if verb == "remove" else now["state"] == "exited"
+    await client.ok(cid, "remove")
+    assert crashing.count(cid, "starts") == 1
 
 
 async def test_a_launcher_that_dies_while_it_is_asked_what_it_runs(crashing: Crashing) -> None:

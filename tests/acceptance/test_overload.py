@@ -269,6 +269,35 @@ async def test_more_commands_than_a_busy_container_can_do() -> None:
         check_sequence(client.events)
 
 
+async def test_waiting_commands_of_all_containers_are_bounded_together() -> None:
+    """Large ones, none of whose containers has more than it may: refused, and so answered, before memory is gone."""
+    async with distant_fleet() as (fleet, _):
+        client = fleet.client
+        busy = [f"busy{n}-0" for n in range(3)]
+        stopping = []
+        for cid in busy:
+            await client.ok(cid, "run", spec=shell("trap '' TERM; echo up; while :; do sleep 0.02; done"))
+            await client.log_seen(cid, b"up\n")
+            stopping.append(await client.send(cid, "stop", timeout_s=600))
+            await client.state(cid, "stopping")
+        large = {"image": {"name": "base"}, "command": {"entrypoint": ["/bin/true", *["ab"] * 40_000]}}
+        ids = [await client.send(cid, "run", spec=large, replace=True) for cid in busy for _ in range(12)]
+        await drained(client, "SANDFLEET_CMD")
+        await client.ok("other-0", "run", spec=shell("true"))
+        refused = [e for e in client.events if e["type"] == "command_completed" and e["command_id"] in ids]
+        assert 0 < len(refused) < len(ids)
+        errors = {(e["error"]["code"], e["error"]["message"]) for e in refused}
+        assert errors == {("resource_exhausted", "too many commands wait on this node already")}
+        for cid in busy:
+            await client.ok(cid, "remove")
+        for command_id in stopping:
+            assert (await client.completion(command_id))["ok"]
+        done = [await client.completion(command_id) for command_id in ids]
+        assert {e["error"]["code"] for e in done} == {"conflict", "resource_exhausted"}
+        assert_small(fleet)
+        check_sequence(client.events)
+
+
 def test_what_the_printer_prints(tmp_path: Path) -> None:
     import subprocess
 

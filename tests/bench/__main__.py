@@ -1,7 +1,7 @@
 """`make bench`: what a fleet feels, each figure beside its rival or limit, measured in the same run.
 
 Prints tables and writes bench-results.json. Give names to run only some: start sandbox network burst logs quiet idle adopt images pulls
-commands visible backlog far overload.
+commands journal visible backlog far overload.
 """
 
 from __future__ import annotations

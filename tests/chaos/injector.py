@@ -222,10 +222,28 @@ class Injector(ServerFaults):
             await asyncio.sleep(hold_s)
             await asyncio.to_thread(usurper.terminate)
             await self._end_launcher(usurper)
-            worker.start("--takeover")
-            if await self._new_epoch({*epochs, doomed}) is None:
+            if await self._take_back({*epochs, doomed}) is None:
                 self._history.faults.append("the name was not taken back")
             self._history.takeovers += 1
+
+    async def _take_back(self, known: set[str]) -> str | None:
+        """The epoch with which the worker goes on under its name.
+
+        Where a full disk kept it from beginning nobody else starts it again while this fault has the worker, and it
+        must be told of the takeover again.
+        """
+        worker = self._world.worker
+        deadline = time.monotonic() + PATIENCE_S
+        worker.start("--takeover")
+        while (epoch := self._seen_epoch(known)) is None and time.monotonic() < deadline:
+            code = worker.process.poll() if worker.process is not None else None
+            if code is not None:
+                if not self._had_no_space(code):
+                    self._history.faults.append(f"the worker that took its name back ended with {code}")
+                    return None
+                worker.start("--takeover")
+            await asyncio.sleep(POLL_S)
+        return epoch
 
     async def _answers(self) -> bool:
         """Whether the node is there."""
@@ -237,11 +255,14 @@ class Injector(ServerFaults):
 
     async def _new_epoch(self, known: set[str]) -> str | None:
         deadline = time.monotonic() + PATIENCE_S
-        while time.monotonic() < deadline:
-            for event in self._reader.events:
-                if event["epoch"] not in known and event["type"] == "node_changed":
-                    return str(event["epoch"])
+        while (epoch := self._seen_epoch(known)) is None and time.monotonic() < deadline:
             await asyncio.sleep(POLL_S)
+        return epoch
+
+    def _seen_epoch(self, known: set[str]) -> str | None:
+        for event in self._reader.events:
+            if event["epoch"] not in known and event["type"] == "node_changed":
+                return str(event["epoch"])
         return None
 
     async def _end_of(self, worker: Worker) -> int | None:

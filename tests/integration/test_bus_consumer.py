@@ -11,7 +11,7 @@ import pytest
 from schemas.subjects import Subjects
 from tests.integration.conftest import Connect, ServerFactory, until
 from worker.bus.connection import Bus
-from worker.bus.consumer import CommandConsumer, Delivery
+from worker.bus.consumer import MAX_HELD_BYTES, MAX_PULL_BYTES, CommandConsumer, Delivery
 from worker.bus.failures import JetStreamError, NoAnswer
 from worker.bus.server import EmbeddedServer
 from worker.bus.streams import setup_streams
@@ -100,6 +100,32 @@ async def test_commands_arrive_in_order_and_go_when_acknowledged(
         await until(lambda: len(taker.seen) == 600)
         assert taker.seen == numbers(*range(600))
         await until_left(admin, 1)
+        assert consumer.rebuilds == 1
+
+
+async def test_large_commands_are_held_up_to_a_bound(
+    nats_server: EmbeddedServer, admin: Bus, connect: Connect
+) -> None:
+    """What is asked for stops where the bytes do, and goes on once they are dealt with; nothing is made anew for it."""
+    bus, taker = await connect(nats_server, node="n1"), Taker()
+    bodies = [b"%03d" % number + bytes(256 * 1024) for number in range(120)]
+    await send(admin, "n1", *bodies)
+    taker.hold = True
+    async with consuming(bus, taker) as consumer:
+        await until(lambda: consumer.held_bytes >= MAX_HELD_BYTES)
+        # A question whose answer comes behind everything that was asked for.
+        await bus.js.stream_info(STREAM)
+        while taker.seen != bodies:
+            assert consumer.held_bytes < MAX_HELD_BYTES + 2 * MAX_PULL_BYTES
+            for delivery in taker.held[:8]:
+                await delivery.ack()
+            del taker.held[:8]
+            count = len(taker.seen)
+            await until(lambda count=count: len(taker.seen) > count or taker.held)
+        for delivery in taker.held:
+            await delivery.ack()
+        await until_left(admin, 0)
+        assert consumer.held_bytes == 0
         assert consumer.rebuilds == 1
 
 

@@ -7,6 +7,7 @@ log's former use, and not the end of the file.
 import random
 import shutil
 import sqlite3
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -21,6 +22,8 @@ from worker.journal_file import LOG_BYTES, lengthen_log
 HEADER, FRAME, PAGE = 32, 24 + 4096, 4096
 SECTOR = 512
 COMMITS = 12
+LAST = 2  # commits of the short log that is cut at every byte
+READ_EVERY = 97  # bytes between two readings of the tables where nothing should have changed
 
 
 class Powered(NamedTuple):
@@ -36,21 +39,23 @@ class Powered(NamedTuple):
     names: list[str]
 
 
-async def written(folder: Path, *, used_before: bool) -> Powered:
+async def written(folder: Path, *, used_before: bool, commits: int = COMMITS) -> Powered:
     """Some transactions, each of an event, a command and a container; the worker dies without closing anything."""
     live = folder / "live"
     live.mkdir()
     journal = await Journal.open(live / "worker.db", node=NODE)
     if used_before:
         # SQLite begins again at the front of the log after a checkpoint: old frames stand behind the new ones.
-        for _ in range(30):
-            await journal.transact(lambda tx: say(tx, "x" * 9000))
-        await journal.read(lambda tx: tx._connection.execute("PRAGMA wal_checkpoint").fetchall())
-        await journal.transact(lambda tx: tx.outbox_drop(tx.last_seq))
+        # The second time only a little is dropped at its front.
+        for count in (30, 1):
+            for _ in range(count):
+                await journal.transact(lambda tx: say(tx, "x" * 9000))
+            await journal.read(lambda tx: tx._connection.execute("PRAGMA wal_checkpoint").fetchall())
+            await journal.transact(lambda tx: tx.outbox_drop(tx.last_seq))
     log = live / "worker.db-wal"
     names: list[str] = []
     images = [log.read_bytes()]
-    for number in range(COMMITS):
+    for number in range(commits):
         name = f"c{number}"
 
         def step(tx, name=name):  # type: ignore[no-untyped-def]
@@ -90,6 +95,17 @@ def found_in(folder: Path) -> tuple[list[str], list[str], str | None]:
     return texts, [row[0] for row in commands], None if container is None else container[0].decode()
 
 
+def frames_in(folder: Path) -> int:
+    """How many frames of the log a fresh reader takes for committed: `mxFrame` of the index it makes
+    (https://www.sqlite.org/walformat.html#the_wal_index_header). With the database file it says all of what is found.
+    """
+    path = folder / "worker.db"
+    with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, isolation_level=None)) as connection:
+        connection.execute("PRAGMA user_version").fetchone()
+        with path.with_name("worker.db-shm").open("rb", buffering=0) as index:
+            return int.from_bytes(index.read(20)[16:], sys.byteorder)
+
+
 def expected(power: Powered, whole: int) -> tuple[list[str], list[str], str | None]:
     names = power.names[:whole]
     return names, names, names[-1] if names else None
@@ -124,10 +140,38 @@ def test_the_log_is_as_the_test_believes(power: Powered) -> None:
 
 
 @pytest.mark.timeout(300)
+@pytest.mark.parametrize("behind", ["nothing", "zeros", "what stood there"])
+async def test_every_byte_of_the_last_transactions(tmp_path: Path, behind: str) -> None:
+    """Up to a byte the log is written, behind it is what the name says: for each byte, one by one."""
+    power = await written(tmp_path, used_before=behind == "what stood there", commits=LAST)
+    rest = (power.before if behind == "what stood there" else b"").ljust(len(power.after), b"\0")
+    end, frames = power.ends[-1], -1
+    same = end  # the first byte that is not as it was to be written
+    with (power.folder / "worker.db-wal").open("r+b", buffering=0) as file:
+        for position in range(end, power.ends[0] - 1, -1):
+            if behind == "nothing":
+                file.truncate(position)
+                same = position
+            elif position < end:
+                if rest[position] == power.after[position]:
+                    continue  # the log is what it was a byte ago
+                file.seek(position)
+                file.write(rest[position : position + 1])
+                same = position
+            whole = whole_up_to(power, same)
+            found = frames_in(power.folder)
+            assert found == (power.ends[whole] - HEADER) // FRAME, position
+            if found != frames or position % READ_EVERY == 0:
+                frames = found
+                assert found_in(power.folder) == expected(power, whole), position
+    assert frames == (power.ends[0] - HEADER) // FRAME
+
+
+@pytest.mark.timeout(300)
 def test_a_log_that_ends_at_any_byte(power: Powered) -> None:
     log = power.folder / "worker.db-wal"
     with log.open("r+b", buffering=0) as file:
-        for position in positions(power, every=5):
+        for position in positions(power, every=61):
             file.truncate(position)
             assert found_in(power.folder) == expected(power, whole_up_to(power, position)), position
 

