@@ -78,6 +78,14 @@ class TestDriver:
 
         assert "network.localhost" not in features()
         assert "network.localhost" in features(network=NetworkPolicy(level=Network.LOCALHOST))
+        assert "network.outbound" not in features(network=NetworkPolicy(level=Network.LOCALHOST))
+        for ports in ((), (8080,)):
+            told = driver.not_enforced(
+                policy(network=NetworkPolicy(level=Network.OUTBOUND, bind_ports=ports))
+            )
+            reasons = {entry.feature: entry.reason for entry in told}
+            assert "::ffff:127.0.0.1" in reasons[Feature.NETWORK_OUTBOUND]
+            assert ("from the network" in reasons[Feature.NETWORK_OUTBOUND]) == bool(ports)
         assert "gpu" in features(gpu=Gpu.MPS_ONLY)
         assert "ipc" in features(groups=("ipc",))
         assert features() <= features(gpu=Gpu.METAL_COMPUTE)

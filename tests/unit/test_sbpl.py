@@ -271,6 +271,7 @@ class TestNetwork:
         assert profile.connects("127.0.0.1:5432")
         assert not profile.connects("127.0.0.1:22")
         assert not profile.connects("[::1]:22")
+        assert profile.connects("[::ffff:127.0.0.1]:22")  # told in `not_enforced`, as no filter takes it
         assert profile.serves(8080)
         assert not profile.serves(8081)
         assert profile.allows("network-outbound", path="/private/var/run/mDNSResponder")
@@ -298,7 +299,7 @@ class TestNetwork:
     @pytest.mark.parametrize("level", list(Network))
     def test_the_servers_port_is_denied(self, level: Network) -> None:
         profile = network(level, denied_ports=(NATS,), bind_ports=(80,), connect_ports=(NATS,), udp=True)
-        for host in ("127.0.0.1", "[::1]", "10.0.0.1", "93.184.216.34"):
+        for host in ("127.0.0.1", "[::1]", "[::ffff:127.0.0.1]", "10.0.0.1", "93.184.216.34"):
             assert not profile.connects(f"{host}:{NATS}")
         assert not profile.serves(NATS)
 

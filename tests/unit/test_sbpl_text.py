@@ -1,5 +1,6 @@
 """The text of profiles: its order and limits, its tags, and that nothing from outside becomes part of it."""
 
+import os
 import re
 from typing import Any
 
@@ -170,6 +171,60 @@ class TestText:
         assert caught.value.field == "spec.sandbox.groups"
 
 
+# Operations that our rules name: in libsandbox's table of macOS 10.15 (0xbf00/simbple, catalina/operations.c), the
+# last three by the names that its sbpl_v1.scm and WebKit's com.apple.WebProcess.sb.in (shm-read*) have for them.
+KNOWN_TO_ALL = """
+default file-clone file-ioctl file-link file-map-executable file-read* file-read-data file-read-metadata
+file-test-existence file-write* file-write-data file-write-setugid file-write-unlink iokit-get-properties
+iokit-open ipc-posix-shm-read-data ipc-posix-shm-write-create ipc-posix-shm-write-data
+ipc-posix-shm-write-unlink ipc-sysv* mach-cross-domain-lookup mach-lookup network-bind network-inbound
+network-outbound nvram* process-exec* process-fork process-info* process-info-codesignature pseudo-tty signal
+sysctl* sysctl-read sysctl-write system-info system-privilege system-socket user-preference-read
+ipc-posix-sem ipc-posix-shm ipc-posix-shm-read*
+"""
+# Filters that need no release: each stands in a profile named in docs/seatbelt.md that is used before macOS 26.
+FILTERS_OF_ALL = """
+extension global-name iokit-property iokit-user-client-class ipc-posix-name ipc-posix-name-prefix
+ipc-posix-name-regex literal local local-name param preference-domain regex remote require-all socket-domain
+socket-protocol subpath sysctl-name sysctl-name-prefix target vnode-type with xpc-service-name
+xpc-service-name-prefix
+"""
+
+
+def words(release: int) -> tuple[set[str], set[str]]:
+    """All operations and filters that the rules of a release name."""
+    operations: set[str] = set()
+    filters: set[str] = set()
+    for level in Network:
+        for gpu in Gpu:
+            text = built(
+                PathRule(f"{ROOT}/ro", "r", "volume"),
+                release=release,
+                gpu=gpu,
+                groups=tuple(GROUPS),
+                mach_lookup=("x",),
+                devices=(Device(path="/dev/x"),),
+                network=NetworkPolicy(
+                    level=level, bind_ports=(1,), connect_ports=(2,), denied_ports=(3,), unix_sockets=("/s",)
+                ),
+            ).text
+            text = re.sub(r'"(?:[^"\\]|\\.)*"', "", re.sub(r"(?m)^;.*$", "", text))
+            for rule in re.finditer(r"\((?:allow|deny)((?:\s+[a-z*-]+)+)", text):
+                operations |= set(rule[1].split())
+            filters |= set(re.findall(r"\(([a-z-]+)", text)) - {"version", "allow", "deny"}
+    return operations, filters
+
+
+@pytest.mark.parametrize("release", range(12, 27))
+def test_no_release_is_given_a_name_that_it_may_not_know(release: int) -> None:
+    """One unknown word, and no container starts there (S16)."""
+    operations, filters = words(release)
+    fine = {"iokit-open-service", "iokit-open-user-client"}
+    fine_filters = {"iokit-registry-entry-class", "iokit-registry-entry-class-prefix"}
+    assert operations == set(KNOWN_TO_ALL.split()) | (fine if release >= 26 else set())
+    assert filters == set(FILTERS_OF_ALL.split()) | (fine_filters if release >= 26 else set())
+
+
 class TestCanonical:
     @pytest.mark.parametrize(
         ("given", "expected"),
@@ -197,6 +252,16 @@ class TestCanonical:
     def test_no_paths(self, path: str) -> None:
         with pytest.raises(InvalidSpec):
             canonical(path)
+
+    @pytest.mark.parametrize("letter", ["x", "ü", "\udcff"])
+    def test_the_longest_path(self, letter: str) -> None:
+        size = len(os.fsencode(letter))
+        longest = "/" + letter * (1022 // size)
+        assert longest in built(PathRule(longest, "r", "volume")).params.values()
+        with pytest.raises(InvalidSpec, match="bytes"):
+            canonical(longest + "xx")
+        with pytest.raises(InvalidSpec, match="bytes"):
+            built(mach_lookup=(letter * 1024,))
 
 
 hostile = st.one_of(

@@ -19,6 +19,12 @@ _OPEN_TO_THE_NETWORK = (
     "a port that the program opens can be reached from the network unless it binds 127.0.0.1 or ::1; "
     "Seatbelt cannot tell local addresses apart"
 )
+# Measured: openai/codex#42925, SRT#494. Whether `localhost` takes in the machine's own other addresses is reported
+# both ways (BAZEL#30865).
+_MAPPED_LOOPBACK = (
+    "a service of this machine can be reached by ::ffff:127.0.0.1, and perhaps by another address of the machine: "
+    "Seatbelt takes neither for `localhost`"
+)
 _SHARED_GPU = "a GPU is shared whole: neither its memory nor its time can be limited"
 _SHARED_IPC = "the group ipc opens the POSIX semaphores and shared memory of all of the user's processes"
 
@@ -49,7 +55,7 @@ _CAPABILITIES = Capabilities(
         _ALWAYS
         | {
             Feature.NETWORK_LOCALHOST: _OPEN_TO_THE_NETWORK,
-            Feature.NETWORK_OUTBOUND: _OPEN_TO_THE_NETWORK,
+            Feature.NETWORK_OUTBOUND: f"{_MAPPED_LOOPBACK}; {_OPEN_TO_THE_NETWORK}",
             Feature.GPU: _SHARED_GPU,
             Feature.IPC: _SHARED_IPC,
         }
@@ -62,8 +68,9 @@ def _gaps(level: Network, binds: bool, gpu: bool, ipc: bool) -> tuple[NotEnforce
     found = dict(_ALWAYS)
     if level is Network.LOCALHOST:
         found[Feature.NETWORK_LOCALHOST] = _OPEN_TO_THE_NETWORK
-    if level is Network.OUTBOUND and binds:
-        found[Feature.NETWORK_OUTBOUND] = _OPEN_TO_THE_NETWORK
+    if level is Network.OUTBOUND:
+        more = [_OPEN_TO_THE_NETWORK] if binds else []
+        found[Feature.NETWORK_OUTBOUND] = "; ".join([_MAPPED_LOOPBACK, *more])
     if gpu:
         found[Feature.GPU] = _SHARED_GPU
     if ipc:

@@ -10,6 +10,8 @@ from worker.errors import InvalidSpec
 from .sbpl_paths import ancestors, real_path
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+# PATH_MAX of macOS less its NUL (sys/syslimits.h). One value alone can so never fill a rule.
+MAX_VALUE_BYTES = 1023
 
 
 @functools.lru_cache(maxsize=4096)
@@ -27,9 +29,11 @@ def canonical(path: str) -> str:
 def check_nameable(text: str) -> None:
     """InvalidSpec for what no parameter can hold: the compiler takes C strings, the log shows them as lines."""
     try:
-        os.fsencode(text)
+        size = len(os.fsencode(text))
     except UnicodeEncodeError as failure:
         raise InvalidSpec(f"{text!r} is no text that this system can name") from failure
+    if size > MAX_VALUE_BYTES:
+        raise InvalidSpec(f"{text[:64]!r}… has {size} bytes, and a path on macOS at most {MAX_VALUE_BYTES}")
     if _CONTROL.search(text):
         raise InvalidSpec(f"{text!r} holds control characters, which no sandbox profile can name")
 

@@ -13,16 +13,9 @@ OLDEST_RELEASE = 12
 
 _WIDTH = 110  # columns of text
 
-# access(2) with F_OK asks for an operation of its own, which Apple's profiles pair with these two.
+# access(2) with F_OK asks for an operation of its own, which Apple's profiles pair with these two. Every release
+# since 10.15 knows it (libsandbox's table in 0xbf00/simbple), so no release needs to be asked.
 _COMPANIONS = {"file-read*": "file-test-existence", "file-read-metadata": "file-test-existence"}
-
-_WIDTH = 110  # columns of text
-
-# An operation that newer systems ask for where older ones asked for the key: access(2) with F_OK is
-# `file-test-existence` in the profiles that macOS 26 ships. A name that a release does not know makes its
-# whole profile invalid, so it is written from that release on only.
-COMPANIONS = {"file-read*": "file-test-existence", "file-read-metadata": "file-test-existence"}
-COMPANIONS_SINCE = 26
 
 
 class Rule(msgspec.Struct, frozen=True, kw_only=True):
