@@ -86,6 +86,7 @@ class Services:
     attach_launcher: Callable[[], Awaitable[None]] | None = None
     container_count: Callable[[], int] = field(default=lambda: 0)
     live_count: Callable[[], int] = field(default=lambda: 0)
+    server_ports: Callable[[], frozenset[int]] = field(default=frozenset)
     _plans: dict[str, tuple[SandboxPolicy, dict[str, Any]]] = field(default_factory=dict)
     _search_dirs: tuple[str, ...] | None = None
     _image_configs: dict[str, ImageConfig] = field(default_factory=dict)
@@ -125,11 +126,16 @@ class Services:
             cid=cid,
             instance=instance,
             port=port,
-            host=self.host,
+            host=self._facts(),
             driver=self.driver,
             run=run,
         )
         return made if user is None else msgspec.structs.replace(made, user=user)
+
+    def _facts(self) -> HostFacts:
+        """With the ports of the servers that the worker has heard of: any of them may be the next that it obeys."""
+        ports = {*self.host.nats_ports, *self.server_ports()}
+        return msgspec.structs.replace(self.host, nats_ports=tuple(sorted(ports)))
 
     def policy_of(self, record: ContainerRecord) -> SandboxPolicy:
         status = record.status

@@ -70,6 +70,7 @@ class Serving:
         bus = await Bus.connect(
             config.nats, node=services.node, name=f"sandfleet {services.node}", retry=True
         )
+        services.server_ports = lambda: bus.peer_ports
         try:
             if setup:
                 await set_up_at_last(bus, subjects=services.subjects, pools=config.node.pools)

@@ -177,7 +177,7 @@ class _Container:
             await until(lambda: self._home.output(self._cid).endswith(b"\n"), PATIENCE_S)
             asked = ExecRequest(program=attack, argv=["attack", "ran"], env={}, cwd=cwd, timeout_s=PATIENCE_S)
             told["exec"] = (await launcher.exec(self._cid, asked)).stdout.decode()
-            ended = await launcher.stop(self._cid, "I", 1, signal.SIGTERM, 0.1)
+            ended = await launcher.stop(self._cid, "I", 1, signal.SIGTERM, PATIENCE_S)
         except LaunchFailed as failure:
             return {**told, "failed": str(failure), "step": failure.step}
         said = self._home.output(self._cid).decode()

@@ -32,18 +32,17 @@ def free_ports(count: int) -> list[int]:
     return ports
 
 
+def member(port: int, ports: list[int]) -> str:
+    """The configuration of a server that listens on `port` for the others of its cluster, which are on `ports`."""
+    routes = ", ".join(f'"nats://127.0.0.1:{port}"' for port in ports)
+    return f'cluster {{ name: "test", listen: "127.0.0.1:{port}", routes: [{routes}] }}'
+
+
 @pytest.fixture
 async def cluster(start_server: ServerFactory) -> list[EmbeddedServer]:
     ports = free_ports(3)
-    routes = ", ".join(f'"nats://127.0.0.1:{port}"' for port in ports)
     return await asyncio.gather(
-        *(
-            start_server(
-                name=f"s{number}",
-                config=f'cluster {{ name: "test", listen: "127.0.0.1:{port}", routes: [{routes}] }}',
-            )
-            for number, port in enumerate(ports)
-        )
+        *(start_server(name=f"s{number}", config=member(port, ports)) for number, port in enumerate(ports))
     )
 
 
@@ -149,3 +148,15 @@ async def test_other_servers_of_the_cluster_are_learned(
     await cluster[0].stop(kill=True)
     await until(lambda: bus.session == 2, 20)
     assert bus.url != f"nats://127.0.0.1:{cluster[0].port}"
+
+
+async def test_a_server_that_joins_later_is_learned(start_server: ServerFactory, connect: Connect) -> None:
+    ports = free_ports(2)
+    first = await start_server(name="s0", config=member(ports[0], ports))
+    bus = await connect(first)
+    assert bus.peer_ports == {first.port}
+    second = await start_server(name="s1", config=member(ports[1], ports))
+    await until(lambda: bus.peer_ports == {first.port, second.port}, 30)
+    await first.stop(kill=True)
+    await until(lambda: bus.session == 2, 30)
+    assert bus.url == second.url

@@ -170,6 +170,11 @@ def test_servers_that_a_server_tells_of() -> None:
         "b.example.org:5222",
         "b.example.org:5222",
         "x",
+        "10.0.0.3:",
+        "10.0.0.3:0",
+        "10.0.0.3:65536",
+        "10.0.0.3:\N{SUPERSCRIPT TWO}",
+        ":4222",
     ]
     found = learned_servers(known, known[0], [*urls, urls[-1], "x"])
     assert [server.url for server in found] == [

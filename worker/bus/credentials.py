@@ -112,13 +112,17 @@ def learned_servers(known: list[Server], current: Server, urls: list[str]) -> li
     for url in urls:
         host, _, port = str(url).rpartition(":")
         host = host.strip("[]")
-        if not host or not port.isdigit() or (host, int(port)) in addresses:
+        if not host or not _is_port(port) or (host, int(port)) in addresses:
             continue
         addresses.add((host, int(port)))
         # No certificate is issued for an address: it must say the name that was configured.
         name = current.name if _is_address(host) else host
         found.append(Server(current.scheme, host, int(port), secret=current.secret, name=name))
     return found
+
+
+def _is_port(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= 5 and 0 < int(text) < 65536
 
 
 def _is_address(host: str) -> bool:

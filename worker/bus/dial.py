@@ -3,6 +3,7 @@
 import asyncio
 import ssl
 from collections.abc import Callable
+from typing import Any
 
 from nats import errors as nats_errors
 
@@ -67,7 +68,12 @@ class Dialer:
                 "tls_hostname": server.name,
                 "tls_handshake_first": self._handshake_first,
             }
-        client = WireClient(secure=self._tls is not None, on_down=on_down, on_error=on_error)
+
+        def learn(info: dict[str, Any]) -> None:
+            self.servers += learned_servers(self.servers, server, info.get("connect_urls") or [])
+
+        secure = self._tls is not None
+        client = WireClient(secure=secure, on_down=on_down, on_error=on_error, on_info=learn)
         try:
             await client.open(
                 server.url,
@@ -78,7 +84,7 @@ class Dialer:
             )
         except ConnectFailed as failure:
             raise self._failed(failure, client) from None
-        self.servers += learned_servers(self.servers, server, client.info.get("connect_urls") or [])
+        learn(client.info)
         return client
 
     def try_next(self) -> None:

@@ -28,7 +28,8 @@ class ConnectFailed(Exception):
 
 class WireClient(Client):
     """One connection. `on_error` gets what nats-py reports out of band, `on_down` the client itself as soon
-    as it begins to close.
+    as it begins to close, `on_info` what the server tells of itself and its cluster while it is open: a server
+    that was connected to before it had found the others names them only then.
     """
 
     def __init__(
@@ -37,11 +38,13 @@ class WireClient(Client):
         secure: bool,
         on_down: Callable[["WireClient"], None],
         on_error: Callable[[Exception], None],
+        on_info: Callable[[dict[str, Any]], None],
     ) -> None:
         super().__init__()
         self._secure = secure
         self._down = on_down
         self._report = on_error
+        self._tell = on_info
         self._opened = False
         self.info: dict[str, Any] = {}
 
@@ -108,6 +111,8 @@ class WireClient(Client):
                 raise nats_errors.Error(old.message) from old
         self.info = {**self.info, **info}
         await super()._process_info(info, initial_connection)
+        if self._opened:
+            self._tell(self.info)
 
     async def _send_ping(self, future: "asyncio.Future[Any] | None" = None) -> None:
         """In its place behind what is pending: nats-py writes it ahead, and a flush then proves nothing."""
