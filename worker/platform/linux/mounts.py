@@ -265,16 +265,11 @@ class Root:
     def link(self, target: str, text: str, when: str) -> None:
         if when == "bare" and not self.bare:
             return
-        folder, _, name = target.rpartition("/")
-        with contextlib.suppress(FileExistsError):
-            if not folder:
-                os.symlink(text, name, dir_fd=self.fd)
-                return
-            with opened(self.place(folder)) as parent:
-                os.symlink(text, name, dir_fd=parent)
+        with contextlib.suppress(FileExistsError), self._parent(target) as parent:
+            os.symlink(text, os.path.basename(target), dir_fd=parent)
 
     def folder(self, target: str, mode: int) -> None:
-        with contextlib.suppress(FileExistsError), opened(self._parent(target)) as parent:
+        with contextlib.suppress(FileExistsError), self._parent(target) as parent:
             os.mkdir(os.path.basename(target), mode, dir_fd=parent)
 
     def mask(self, target: str) -> None:
@@ -312,7 +307,7 @@ class Root:
         if found is not None:
             return found
         name = os.path.basename(target)
-        with opened(self._parent(target)) as parent:
+        with self._parent(target) as parent:
             try:
                 _make(name, parent, folder=folder)
             except FileExistsError:
@@ -322,8 +317,15 @@ class Root:
                 return self.place(os.path.normpath(leads_to), folder=folder, links=links - 1)
             return os.open(name, O_PATH | os.O_NOFOLLOW | _CLOSED, dir_fd=parent)
 
-    def _parent(self, target: str) -> int:
-        return self.place(os.path.dirname(target))
+    @contextlib.contextmanager
+    def _parent(self, target: str) -> Iterator[int]:
+        """A descriptor of the folder that the target is to be in; the root itself is open already."""
+        above = os.path.dirname(target)
+        if above == "/":
+            yield self.fd
+            return
+        with opened(self.place(above)) as parent:
+            yield parent
 
     def _find(self, target: str) -> int | None:
         return find(self.fd, target)
