@@ -51,7 +51,7 @@ class Server:
         self.folder = folder
         self.process: subprocess.Popen[bytes] | ServerContainer | None = None
         self._address = Address("fleet") if BROKER.form == "address" else None
-        self._port = 0 if self._address is not None else free_port()
+        self._port = 0 if self._address is not None else _free_port()
 
     @property
     def port(self) -> int:
@@ -525,7 +525,7 @@ def alive(pid: int) -> bool:
     return stat.rsplit(")", 1)[1].split()[0] not in "ZX"
 
 
-def free_port() -> int:
+def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from tests.acceptance.conftest import CONFIG
-from tests.acceptance.harness import Fleet, Server, free_port
+from tests.acceptance.harness import Fleet, Server
 from tests.broker import BROKER
+from tests.integration.test_bus_cluster import free_ports
 
 pytestmark = [
     pytest.mark.asyncio(loop_scope="function"),
@@ -29,7 +30,7 @@ class Member(Server):
 
 
 async def test_the_port_of_a_server_that_was_learned_is_nobodys(tmp_path: Path) -> None:
-    here, there = free_port(), free_port()
+    here, there = free_ports(2)
     fleet, other = Fleet(CONFIG), Member(tmp_path / "other", (there, here))
     fleet.server = fleet.worker.server = Member(tmp_path / "first", (here, there))
     other.start()
