@@ -244,9 +244,21 @@ class Client:
         await self.nc.subscribe(f"{P}.evt.{self.node}.>", cb=on)
         await self.nc.flush()
 
-    async def close(self) -> None:
+    async def back(self, times: int = 1) -> None:
+        """Wait until the test's own connection has been lost and made again: what is asked before that is lost."""
+        await until(
+            lambda: self.nc.stats["reconnects"] >= times and self.nc.is_connected,
+            what="the test's own connection",
+        )
+
+    async def close(self, server_runs: bool) -> None:
         await self._stop_reading()
         if self.nc is not None:
+            if server_runs:
+                # Closed in the midst of a reconnection, the library leaves its socket open.
+                await until(
+                    lambda: self.nc.is_connected or self.nc.is_closed, what="the test's own connection"
+                )
             await self.nc.close()
 
     async def _stop_reading(self) -> None:
@@ -468,7 +480,12 @@ class Fleet:
             await asyncio.sleep(0.02)
 
     async def __aexit__(self, *_: object) -> None:
-        await self.client.close()
+        try:
+            await self.client.close(self.server.process is not None)
+        finally:
+            await self._end()
+
+    async def _end(self) -> None:
         launcher = self.worker.launcher_pid()
         if self.worker.process is not None:
             self.worker.process.terminate()

@@ -86,6 +86,7 @@ async def test_a_reload_without_a_connection() -> None:
         await hang_up(fleet, "changed: policy.max_containers")
         fleet.server.start()
         await until(lambda: "connected again" in fleet.worker.log_text(), what="the connection")
+        await fleet.client.back()
         folder = fleet.image("base", {"etc/motd": "hello\n"})
         await fleet.client.ok(None, "register_image", image="base", source_dir=folder)
         done = await fleet.client.do("web-0", "run", spec=shell("true"))

@@ -131,6 +131,7 @@ async def test_the_life_of_a_worker(manager: Manager) -> None:
         await manager.until("WATCHDOG=1")
         fleet.server.start()
         await manager.until("STATUS=n1 is ready")
+        await client.back()
 
         assert worker.terminate() == 0
         manager.read()
@@ -149,7 +150,7 @@ async def test_it_is_ready_without_a_server(manager: Manager, tmp_path: Path) ->
         assert fleet.worker.terminate() == 0
         await manager.until("STOPPING=1")
         fleet.server.start()
-        await until(lambda: fleet.client.nc.is_connected, what="the test's own connection")
+        await fleet.client.back()
 
 
 class HangingWorker(Worker):
