@@ -434,8 +434,9 @@ def put_record(tx: Tx, record: ContainerRecord) -> None:
     tx.put_container(record.status.container, record.status.instance, encode_record(record))
 
 
-def write_accepted(tx: Tx, services: Services, work: Work, instance: str | None) -> None:
-    """Write the `command_accepted` of a command."""
+def write_accepted(tx: Tx, services: Services, work: Work) -> None:
+    """Write the `command_accepted` of a command, with the instance that has its name in this very transaction."""
+    instance = None if work.container is None else tx.instance(work.container)
 
     def make(head: EventHead) -> CommandAccepted:
         return CommandAccepted(

@@ -19,12 +19,14 @@ from schemas.commands import CONTAINER_VERBS, AnyCommand, Resume
 from schemas.decode import MAX_COMMAND_BYTES, canonical, decode_command
 from schemas.errors import ContractError, InvalidCommand
 from schemas.events import CommandCompleted, CommandRejected
+from schemas.status import ContainerStatus
 from schemas.values import check_id
 from worker.admission import was_dropped
-from worker.container import ContainerActor, write_accepted
+from worker.container import write_accepted
 from worker.errors import Conflict, Interrupted, ResourceExhausted
 from worker.journal import EventHead, LedgerEntry, Tx
 from worker.node_commands import NodeCommands
+from worker.records import decode_record
 from worker.runtime import Runtime
 from worker.services import Services
 from worker.waiting import weight_of
@@ -128,12 +130,12 @@ class CommandHandler:
                         body=body,
                     )
                 )
-                write_accepted(tx, self._services, work, _instance(actor))
+                write_accepted(tx, self._services, work)
                 refused: ContractError | None = crowded
                 if tx.overtaken(work.container, work.seq, work.time):
                     refused = Conflict("a later command was applied already")
                 if refused is not None:
-                    status = None if actor is None or actor.record is None else actor.record.status
+                    status = _status(tx, work.container)
                     write_completion(tx, self._services.subjects, work, error=refused, status=status)
                     return Outcome.ANSWERED
                 if begin is not None:
@@ -313,5 +315,7 @@ def _trace(headers: dict[str, str]) -> dict[str, str] | None:
     return {"traceparent": value} if TRACEPARENT.fullmatch(value) else None
 
 
-def _instance(actor: ContainerActor | None) -> str | None:
-    return None if actor is None or actor.record is None else actor.record.status.instance
+def _status(tx: Tx, cid: str | None) -> ContainerStatus | None:
+    """As it was last told: the actor hears of a step only after its commit, and this transaction may come between."""
+    raw = None if cid is None else tx.container(cid)
+    return None if raw is None else decode_record(raw).status

@@ -176,6 +176,10 @@ class Tx(OutboxTx):
         found: bytes | None = self._value("SELECT record FROM containers WHERE cid = ?", (cid,))
         return found
 
+    def instance(self, cid: str) -> str | None:
+        found: str | None = self._value("SELECT instance FROM containers WHERE cid = ?", (cid,))
+        return found
+
     def containers(self) -> list[tuple[str, bytes]]:
         """All records, by name."""
         return self._connection.execute("SELECT cid, record FROM containers ORDER BY cid").fetchall()
