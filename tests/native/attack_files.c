@@ -9,7 +9,7 @@
 #ifndef RENAME_EXCHANGE
 #define RENAME_EXCHANGE 2
 #endif
-#define RACES 4000
+#define LOOKS 4000
 
 static int read_file(void) { return show_file(outside("read_file")); }
 
@@ -92,27 +92,42 @@ static int read_after_rename(void)
 /* A folder of its own changes places with a link that leads out, while its path is opened. */
 static int read_in_a_race(void)
 {
+    struct exchanges {
+        volatile int done, failed, error;
+    } *seen = mmap(NULL, sizeof *seen, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
     char *folder = own("swap"), *link = own("swap-link"), *file = own("swap/read_file");
-    if (mkdir(folder, 0755) < 0 || symlink(param("outside"), link) < 0)
+    if (seen == MAP_FAILED || mkdir(folder, 0755) < 0 || symlink(param("outside"), link) < 0)
         return errno;
     int result = write_file(file, O_WRONLY | O_CREAT, "my own");
     if (result)
         return result;
-    volatile int *swaps = mmap(NULL, sizeof *swaps, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-    pid_t swapper = swaps == MAP_FAILED ? -1 : fork();
+    pid_t swapper = fork();
     if (swapper < 0)
         return errno;
     if (swapper == 0)
-        for (prctl(PR_SET_PDEATHSIG, SIGKILL);; ++*swaps)
-            syscall(SYS_renameat2, AT_FDCWD, folder, AT_FDCWD, link, RENAME_EXCHANGE);
+        for (prctl(PR_SET_PDEATHSIG, SIGKILL);;)
+            if (syscall(SYS_renameat2, AT_FDCWD, folder, AT_FDCWD, link, RENAME_EXCHANGE) < 0) {
+                seen->error = errno;
+                seen->failed++;
+            } else
+                seen->done++;
     result = ENOENT;
-    /* Both must have had their turns: on a busy machine one of them may do all of its share while the other waits. */
-    for (int tries = 0; result && (*swaps < RACES || tries < RACES); tries++) {
+    /* Only a look after a further exchange is a new one: on a busy machine one of the two may do all of its share while
+       the other waits, and a thousand looks are then the same one. */
+    int looks = 0, before = -1, refused = 0;
+    while (result && looks < LOOKS) {
+        int now = seen->done + seen->failed;
+        if (now == before) {
+            sched_yield();
+            continue;
+        }
+        before = now;
+        looks++;
         char bytes[256] = "my own";
         int fd = open(file, O_RDONLY | O_CLOEXEC);
         if (fd < 0) {
             result = errno;
-            sched_yield();
+            refused++;
             continue;
         }
         ssize_t length = read(fd, bytes, sizeof bytes);
@@ -124,6 +139,9 @@ static int read_in_a_race(void)
     }
     kill(swapper, SIGKILL);
     waitpid(swapper, NULL, 0);
+    if (result)
+        say("%d looks, of which %d gave an error; %d exchanges, %d failed with %s", looks, refused, seen->done,
+            seen->failed, strerror(seen->error));
     return result;
 }
 
