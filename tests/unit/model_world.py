@@ -27,7 +27,7 @@ from worker.runtime import Runtime
 from worker.supervisor_types import ExitRecord, LaunchedContainer, StartRequest
 
 NODE, EPOCH, BOOT = "n1", "01JDEPCH000000000000000000", "01JDB00T000000000000000000"
-START = datetime(2026, 11, 24, 12, tzinfo=UTC)
+START = datetime.now(UTC).replace(microsecond=0)  # a deadline is measured against the real clock
 SUBJECTS = Subjects()
 SPEC = {"image": {"name": "base"}, "command": {"entrypoint": ["/bin/true"]}}
 GONE_SPEC = {**SPEC, "lifecycle": {"delete_on_exit": True}}
