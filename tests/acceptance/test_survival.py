@@ -116,8 +116,8 @@ async def test_the_launchers_death_is_told_and_leaves_no_orphan() -> None:
         script = "setsid sleep 777 & (setsid sleep 778 &); echo ready; sleep 779"
         await client.ok("tree-0", "run", spec=shell(script))
         await client.log_seen("tree-0", b"ready\n")
+        await until(lambda: len(sleepers()) == 3, what="the tree")
         members = sleepers()
-        assert len(members) == 3
         launcher = worker.launcher_pid()
         assert launcher is not None
         os.kill(launcher, signal.SIGKILL)

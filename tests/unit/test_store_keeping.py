@@ -181,10 +181,11 @@ async def test_creates_prunes_and_registrations_race(
     async def register(seed: int) -> None:
         for step in range(3):
             number = (seed + step) % 4
-            await store.register(f"app-{number}", sources[number])
+            image = await store.register(f"app-{number}", sources[number])
             turn.set()
             turn.clear()
-            await store.evict(spare=store.resolve(f"app-{number}").digest if chance.random() < 0.5 else None)
+            # Another may have removed it meanwhile.
+            await store.evict(spare=image.digest if chance.random() < 0.5 else None)
 
     async def create(seed: int) -> None:
         nonlocal made
