@@ -251,7 +251,7 @@ class Client:
             what="the test's own connection",
         )
 
-    async def close(self, server_runs: bool) -> None:
+    async def close(self, server_runs: bool = False) -> None:
         await self._stop_reading()
         if self.nc is not None:
             if server_runs:
