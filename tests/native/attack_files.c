@@ -9,7 +9,7 @@
 #ifndef RENAME_EXCHANGE
 #define RENAME_EXCHANGE 2
 #endif
-#define LOOKS 4000
+#define LOOKS 1000
 
 static int read_file(void) { return show_file(outside("read_file")); }
 
