@@ -17,9 +17,10 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -31,9 +32,12 @@ from schemas import queries as q
 from schemas.commands import RegisterImage, Remove, Run, Stop
 from schemas.spec import ServiceSpec, decode_spec
 from schemas.status import ContainerStatus, State
+from worker.bus.failures import NoAnswer, NoResponders
 from worker.bus.server import EmbeddedServer
 from worker.client import FleetClient, new_id
 from worker.config import NatsConfig
+
+T = TypeVar("T")
 
 LINES = 200_000
 NODE = "demo"
@@ -149,6 +153,8 @@ class Demo:
         self.lacking: list[str] = []
         self.boot = ""
         self._following: asyncio.Task[None] | None = None
+        self._keeping: asyncio.Task[None] | None = None
+        self._killing = False
 
     # -- the machinery
 
@@ -162,6 +168,24 @@ class Demo:
                 start_new_session=True,
             )
 
+    async def keep(self) -> None:
+        """A service manager's part: a worker that somebody ended is started again."""
+        while True:
+            if self.worker is not None and self.worker.poll() is not None and not self._killing:
+                self.start_worker()
+            await asyncio.sleep(0.05)
+
+    async def ask(self, question: Callable[[], Awaitable[T]]) -> T:
+        """Queries are not kept for a worker that is away, as commands are: they are asked again."""
+        deadline = time.monotonic() + 15
+        while True:
+            try:
+                return await question()
+            except (NoResponders, NoAnswer):
+                if time.monotonic() > deadline:
+                    raise
+            await asyncio.sleep(0.05)
+
     async def wait_ready(self, but_not: str | None = None) -> float:
         """Wait until the node answers (under a new boot); gives the seconds it took."""
         assert self.fleet is not None
@@ -172,8 +196,9 @@ class Demo:
                 if info.boot != but_not:
                     self.boot = info.boot
                     return time.monotonic() - began
-            if self.worker is not None and self.worker.poll() is not None:
-                raise RuntimeError((self.folder / "worker.log").read_text()[-2000:])
+            if self._keeping is None and self.worker is not None and self.worker.poll() is not None:
+                said = (self.folder / "worker.log").read_text()[-2000:]
+                raise RuntimeError(f"the worker ended ({self.worker.returncode}) before it was ready\n{said}")
             if time.monotonic() - began > 20:
                 raise RuntimeError("the worker did not answer within 20 s")
             await asyncio.sleep(0.01)
@@ -226,9 +251,10 @@ class Demo:
             url = await self.server.start()
             source = self.write_files(url)
             self.start_worker()
-            self.fleet = await FleetClient.connect(NatsConfig(url=url))
+            self.fleet = fleet = await FleetClient.connect(NatsConfig(url=url))
             took = await self.wait_ready()
             info = await self.fleet.info(NODE)
+            self._keeping = asyncio.create_task(self.keep())
             told.detail = (
                 f"node [cyan]{NODE}[/] ready in {took:.2f} s under [cyan]{info.capabilities.sandbox}[/]"
             )
@@ -244,7 +270,7 @@ class Demo:
         await self.hoard()
         async with step("exec inside a running one") as told:
             request = q.ExecRequest(container="web-0", argv=["/bin/sh", "-c", "cat greeting.txt"])
-            reply = await self.fleet.exec(NODE, request)
+            reply = await self.ask(lambda: fleet.exec(NODE, request))
             told.detail = f"web-0 says [green]{reply.stdout.strip()}[/] (exit code {reply.exit_code})"
         await self.kill_and_adopt()
         await self.remove()
@@ -314,11 +340,13 @@ class Demo:
 
     async def kill_and_adopt(self) -> None:
         assert self.fleet is not None
+        fleet = self.fleet
         async with self.view.step("kill -9 of the worker") as told:
             ticker = await self.run("ticker-0", self.spec(TICKER))
             self._following = asyncio.create_task(self.follow_ticks())
             await self.until(lambda: self.tick.count > 20)
             assert self.worker is not None
+            self._killing = True
             self.worker.kill()
             await asyncio.to_thread(self.worker.wait)
             await asyncio.sleep(0.5)
@@ -327,9 +355,9 @@ class Demo:
             told.detail = f"the worker is dead; ticker-0 lives (pid {living[0] if living else '-'}), {text!r}"
         async with self.view.step("a new worker adopts them") as told:
             before, dead = self.tick.count, self.boot
-            self.start_worker()
+            self._killing = False
             took = await self.wait_ready(but_not=dead)
-            again = await self.fleet.state(NODE, "ticker-0")
+            again = await self.ask(lambda: fleet.state(NODE, "ticker-0"))
             if again.pid != ticker.pid or again.run != ticker.run:
                 raise RuntimeError(f"ticker-0 had pid {ticker.pid} and has {again.pid}")
             await self.until(lambda: self.tick.count > before + 150)
@@ -341,13 +369,15 @@ class Demo:
 
     async def port_of(self, cid: str) -> int:
         assert self.fleet is not None
-        snapshot = await self.fleet.snapshot(NODE, cid)
+        fleet = self.fleet
+        snapshot = await self.ask(lambda: fleet.snapshot(NODE, cid))
         return next(iter(snapshot.values())).port or 0
 
     async def remove(self) -> None:
         assert self.fleet is not None
+        fleet = self.fleet
         async with self.view.step("stop, remove, nothing left") as told:
-            statuses = await self.fleet.containers(NODE)
+            statuses = await self.ask(lambda: fleet.containers(NODE))
             running = [s for s in statuses if s.state is State.RUNNING]
             await asyncio.gather(
                 *(self.fleet.command(NODE, s.container, Stop(id=new_id(), timeout_s=2)) for s in running)
@@ -355,7 +385,7 @@ class Demo:
             await asyncio.gather(
                 *(self.fleet.command(NODE, s.container, Remove(id=new_id())) for s in statuses)
             )
-            left = await self.fleet.containers(NODE)
+            left = await self.ask(lambda: fleet.containers(NODE))
             pids = [s.pid for s in running if s.pid and alive(s.pid)]
             folders = list((self.data / "containers").iterdir())
             if left or pids or folders:
@@ -370,10 +400,11 @@ class Demo:
             await asyncio.sleep(0.01)
 
     async def close(self) -> None:
-        if self._following is not None:
-            self._following.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._following
+        for task in (self._keeping, self._following):
+            if task is not None:
+                task.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await task
         if self.fleet is not None:
             await self.fleet.close()
         if self.worker is not None and self.worker.poll() is None:
