@@ -175,12 +175,12 @@ class Demo:
                 self.start_worker()
             await asyncio.sleep(0.05)
 
-    async def ask(self, question: Callable[[], Awaitable[T]]) -> T:
+    async def ask(self, question: Callable[..., Awaitable[T]], *given: object) -> T:
         """Queries are not kept for a worker that is away, as commands are: they are asked again."""
         deadline = time.monotonic() + 15
         while True:
             try:
-                return await question()
+                return await question(*given)
             except (NoResponders, NoAnswer):
                 if time.monotonic() > deadline:
                     raise
@@ -251,7 +251,7 @@ class Demo:
             url = await self.server.start()
             source = self.write_files(url)
             self.start_worker()
-            self.fleet = fleet = await FleetClient.connect(NatsConfig(url=url))
+            self.fleet = await FleetClient.connect(NatsConfig(url=url))
             took = await self.wait_ready()
             info = await self.fleet.info(NODE)
             self._keeping = asyncio.create_task(self.keep())
@@ -270,7 +270,7 @@ class Demo:
         await self.hoard()
         async with step("exec inside a running one") as told:
             request = q.ExecRequest(container="web-0", argv=["/bin/sh", "-c", "cat greeting.txt"])
-            reply = await self.ask(lambda: fleet.exec(NODE, request))
+            reply = await self.ask(self.fleet.exec, NODE, request)
             told.detail = f"web-0 says [green]{reply.stdout.strip()}[/] (exit code {reply.exit_code})"
         await self.kill_and_adopt()
         await self.remove()
@@ -340,7 +340,6 @@ class Demo:
 
     async def kill_and_adopt(self) -> None:
         assert self.fleet is not None
-        fleet = self.fleet
         async with self.view.step("kill -9 of the worker") as told:
             ticker = await self.run("ticker-0", self.spec(TICKER))
             self._following = asyncio.create_task(self.follow_ticks())
@@ -357,7 +356,7 @@ class Demo:
             before, dead = self.tick.count, self.boot
             self._killing = False
             took = await self.wait_ready(but_not=dead)
-            again = await self.ask(lambda: fleet.state(NODE, "ticker-0"))
+            again = await self.ask(self.fleet.state, NODE, "ticker-0")
             if again.pid != ticker.pid or again.run != ticker.run:
                 raise RuntimeError(f"ticker-0 had pid {ticker.pid} and has {again.pid}")
             await self.until(lambda: self.tick.count > before + 150)
@@ -369,15 +368,13 @@ class Demo:
 
     async def port_of(self, cid: str) -> int:
         assert self.fleet is not None
-        fleet = self.fleet
-        snapshot = await self.ask(lambda: fleet.snapshot(NODE, cid))
+        snapshot = await self.ask(self.fleet.snapshot, NODE, cid)
         return next(iter(snapshot.values())).port or 0
 
     async def remove(self) -> None:
         assert self.fleet is not None
-        fleet = self.fleet
         async with self.view.step("stop, remove, nothing left") as told:
-            statuses = await self.ask(lambda: fleet.containers(NODE))
+            statuses = await self.ask(self.fleet.containers, NODE)
             running = [s for s in statuses if s.state is State.RUNNING]
             await asyncio.gather(
                 *(self.fleet.command(NODE, s.container, Stop(id=new_id(), timeout_s=2)) for s in running)
@@ -385,7 +382,7 @@ class Demo:
             await asyncio.gather(
                 *(self.fleet.command(NODE, s.container, Remove(id=new_id())) for s in statuses)
             )
-            left = await self.ask(lambda: fleet.containers(NODE))
+            left = await self.ask(self.fleet.containers, NODE)
             pids = [s.pid for s in running if s.pid and alive(s.pid)]
             folders = list((self.data / "containers").iterdir())
             if left or pids or folders:

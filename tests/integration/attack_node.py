@@ -250,14 +250,14 @@ class Node:
         left = [_name(pid) for pid in _processes() - before if _belongs(pid, inside)]
         await self.launcher.forget(cid, "I")
         # What goes is the host's: a mount ends here, too, when its folder is deleted there.
-        same = _mounts() <= mounts
+        unmounted = _mounts() <= mounts
         tell(
             tree=kind,
             isolation=isolation,
             most=most,
             seconds=took,
             left=left,
-            mounts=same,
+            mounts=unmounted,
             lost=ended.lost,
             answered=answered,
             others=alive(self.neighbour) and alive(self.launcher.pid),
