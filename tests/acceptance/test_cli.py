@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,8 @@ class Dev:
             stderr=subprocess.PIPE,
             env=self.env,
             cwd=self.home,
+            # As in a terminal: a suite in the background of a script hands on an ignored Ctrl-C.
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
         ) as process:
             try:
                 yield process
